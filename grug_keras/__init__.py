@@ -1,0 +1,23 @@
+"""grug_keras: a tiny, readable best-guess language model in Keras 3."""
+
+from grug_keras.backend import choose_backend
+
+choose_backend()  # before anything imports Keras
+
+from grug_keras import ops  # noqa: E402
+from grug_keras.attention import CausalSelfAttention  # noqa: E402
+from grug_keras.config import GrugConfig  # noqa: E402
+from grug_keras.model import MLP, Block, Grugformer, LMHead  # noqa: E402
+from grug_keras.schedule import Trapezoid  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "MLP",
+    "Block",
+    "CausalSelfAttention",
+    "GrugConfig",
+    "Grugformer",
+    "LMHead",
+    "Trapezoid",
+    "ops",
+]

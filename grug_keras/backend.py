@@ -1,0 +1,63 @@
+"""JAX first: picks the Keras backend when the user has not.
+
+This module imports Keras only inside its functions: the choice must come before.
+"""
+
+import os
+import pathlib
+import sys
+
+_reason = None
+
+
+def choose_backend():
+    """Sets `KERAS_BACKEND=jax` unless the user chose a backend, and imports Keras.
+
+    `KERAS_BACKEND`, a `keras.json` and an already imported Keras are choices, and are kept.
+    """
+    global _reason
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets on stderr otherwise
+    if "keras" in sys.modules:
+        _reason = "Keras was imported before grug_keras"
+        return
+    settings = _settings_path()
+    if os.environ.get("KERAS_BACKEND"):
+        _reason = "KERAS_BACKEND is set"
+    elif settings.exists():
+        _reason = f"chosen in {settings}"
+    else:
+        _reason = "the default of grug_keras; set KERAS_BACKEND to choose another"
+        os.environ["KERAS_BACKEND"] = "jax"
+        print(describe_backend(), file=sys.stderr)
+    _import_keras_without_leaving(settings)
+
+
+def describe_backend():
+    """Returns one line that says which backend runs and who chose it."""
+    if "keras" in sys.modules:
+        name = sys.modules["keras"].config.backend()
+    else:
+        name = os.environ["KERAS_BACKEND"]
+    return f"Keras backend: {name} ({_reason})"
+
+
+def _settings_path():
+    """Where Keras looks for its settings file."""
+    home = os.environ.get("KERAS_HOME")
+    if home is None:
+        base = os.path.expanduser("~")
+        home = os.path.join(base if os.access(base, os.W_OK) else "/tmp", ".keras")
+    return pathlib.Path(home).expanduser() / "keras.json"
+
+
+def _import_keras_without_leaving(settings):
+    """Imports Keras, and takes away the settings file if this very import wrote it.
+
+    Keras writes one that names TensorFlow, whatever backend runs: left there, it would look
+    like the user's own choice on the next start.
+    """
+    was_there = settings.exists()
+    import keras  # noqa: F401
+
+    if not was_there:
+        settings.unlink(missing_ok=True)

@@ -1,0 +1,368 @@
+"""The model: embedding, pre-norm blocks, final norm, language-model head."""
+
+import dataclasses
+
+from grug_keras import ops
+from grug_keras.attention import CausalSelfAttention
+from grug_keras.config import GrugConfig
+from grug_keras.layer import GrugLayer, initializer
+from grug_keras.loss import next_token_loss
+import keras
+import numpy as np
+
+
+@keras.saving.register_keras_serializable(package="grug_keras")
+class MLP(GrugLayer):
+    """SwiGLU: `down(silu(gate(x)) * up(x))` (Shazeer, https://arxiv.org/abs/2002.05202).
+
+    Args:
+        config: `GrugConfig`.
+
+    Call arguments:
+        x: float tensor `(..., D)`.
+
+    Returns:
+        Float tensor `(..., D)`.
+    """
+
+    def __init__(self, config, **kwargs):
+        super().__init__(config, **kwargs)
+        self.gate_proj = self.dense(self.config.intermediate_dim, "gate_proj")
+        self.up_proj = self.dense(self.config.intermediate_dim, "up_proj")
+        self.down_proj = self.dense(self.config.hidden_dim, "down_proj")
+
+    def build(self, input_shape):
+        self.gate_proj.build(input_shape)
+        self.up_proj.build(input_shape)
+        self.down_proj.build((*input_shape[:-1], self.config.intermediate_dim))
+
+    def call(self, x):
+        rows = keras.ops.reshape(x, (-1, self.config.hidden_dim))
+        gated = keras.ops.silu(self.gate_proj(rows)) * self.up_proj(rows)
+        return keras.ops.reshape(self.down_proj(gated), keras.ops.shape(x))
+
+
+@keras.saving.register_keras_serializable(package="grug_keras")
+class Block(GrugLayer):
+    """A pre-norm residual block: attention, then MLP.
+
+    To try another attention or MLP, subclass it and set `attention_class` or `mlp_class`.
+
+    Args:
+        config: `GrugConfig`.
+
+    Call arguments:
+        x: float tensor `(B, S, D)`.
+        positions: int tensor `(S,)` or `(B, S)`.
+        attention_mask: `ops.AttentionMask`.
+
+    Returns:
+        Float tensor `(B, S, D)`.
+    """
+
+    attention_class = CausalSelfAttention
+    mlp_class = MLP
+
+    def __init__(self, config, **kwargs):
+        super().__init__(config, **kwargs)
+        self.attention_norm = self.rms_norm("attention_norm")
+        self.attention = self.attention_class(
+            self.config, name="attention", dtype=self.dtype_policy
+        )
+        self.mlp_norm = self.rms_norm("mlp_norm")
+        self.mlp = self.mlp_class(self.config, name="mlp", dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp):
+            layer.build(input_shape)
+
+    def call(self, x, positions=None, attention_mask=None):
+        x = x + self.attention(
+            self.attention_norm(x), positions=positions, attention_mask=attention_mask
+        )
+        return x + self.mlp(self.mlp_norm(x))
+
+
+@keras.saving.register_keras_serializable(package="grug_keras")
+class TokenEmbedding(keras.layers.Embedding):
+    """`keras.layers.Embedding` with the same gradient on every backend: a dense one.
+
+    TensorFlow's own is sparse, one row per token of the batch, and Adam would square the rows
+    of a repeated token one by one instead of squaring their sum.
+    """
+
+    def call(self, inputs):
+        if keras.config.backend() != "tensorflow":
+            return super().call(inputs)
+        table = self.embeddings * 1.0  # the gradient of a product is dense
+        return keras.ops.cast(keras.ops.take(table, inputs, axis=0), self.compute_dtype)
+
+
+@keras.saving.register_keras_serializable(package="grug_keras")
+class LMHead(GrugLayer):
+    """Projects hidden states to logits; holds the `(D, V)` kernel that the fused loss reads.
+
+    Args:
+        config: `GrugConfig`.
+
+    Call arguments:
+        hidden: float tensor `(..., D)`.
+
+    Returns:
+        Float tensor `(..., V)`.
+    """
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(self.config.hidden_dim, self.config.vocab_size),
+            initializer=initializer(self.config),
+        )
+
+    def call(self, hidden):
+        return keras.ops.matmul(hidden, self.kernel)
+
+
+@keras.saving.register_keras_serializable(package="grug_keras")
+class Grugformer(keras.Model):
+    """A decoder-only language model, trained with `compile(optimizer)` and `fit`.
+
+    Calling it gives hidden states, not logits: `fit` and `evaluate` feed them to the fused
+    loss, so that the `(B, S, V)` logits never exist. `logits(inputs)` is there for sampling.
+
+    Args:
+        config: `GrugConfig`.
+        block_class: subclass of `Block`, the local edit surface.
+
+    Call arguments:
+        inputs: int tensor `(B, S)` of token ids, or a dict of `token_ids` and, for packed
+            documents, `segment_ids` `(B, S)` (0 is padding, 1.. are documents) and
+            `positions` `(B, S)` (default: restart at 0 in each document).
+
+    Returns:
+        Float tensor `(B, S, D)`.
+
+    Example:
+
+    >>> model = Grugformer(GrugConfig.preset("smoke"))
+    >>> model.compile(keras.optimizers.AdamW(1e-3))
+    >>> tokens = np.random.randint(0, 256, (8, 65))
+    >>> model.fit(tokens[:, :-1], tokens[:, 1:])
+    """
+
+    def __init__(self, config, block_class=Block, **kwargs):
+        super().__init__(**kwargs)
+        self.config = config = GrugConfig.of(config)
+        if isinstance(block_class, str):
+            block_class = _registered_class(block_class)
+        self.block_class = block_class
+        self.token_embedding = TokenEmbedding(
+            config.vocab_size,
+            config.hidden_dim,
+            embeddings_initializer=initializer(config),
+            name="token_embedding",
+            dtype=self.dtype_policy,
+        )
+        self.blocks = [
+            block_class(config, name=f"block_{i}", dtype=self.dtype_policy)
+            for i in range(config.num_layers)
+        ]
+        self.final_norm = keras.layers.RMSNormalization(
+            epsilon=config.rms_norm_eps, name="final_norm", dtype=self.dtype_policy
+        )
+        self.lm_head = LMHead(config, name="lm_head", dtype=self.dtype_policy)
+        self.token_loss = keras.metrics.Mean(name="token_loss")
+        self.batch_loss = keras.metrics.Mean(name="batch_loss")
+
+    def build(self, input_shape=None):
+        """Creates every weight, the head's too: only the loss uses it, too late to build it."""
+        hidden_shape = (None, None, self.config.hidden_dim)
+        self.token_embedding.build((None, None))
+        for layer in (*self.blocks, self.final_norm, self.lm_head):
+            layer.build(hidden_shape)
+
+    def __call__(self, inputs, **kwargs):
+        self._check_ids("token_ids", _token_ids(inputs))
+        return super().__call__(inputs, **kwargs)
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        """`keras.Model.fit` on `(inputs, labels, weights)`: arrays, or any Keras dataset."""
+        self._check_data("fit", x, y, kwargs.get("sample_weight"))
+        if isinstance(kwargs.get("validation_data"), tuple):
+            self._check_data("validation_data", *kwargs["validation_data"])
+        return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        """`keras.Model.evaluate`: the token-weighted mean loss, in nats per token."""
+        self._check_data("evaluate", x, y, kwargs.get("sample_weight"))
+        return super().evaluate(x, y, *args, **kwargs)
+
+    def call(self, inputs):
+        token_ids, segment_ids, positions = self._unpack(inputs)
+        mask = ops.AttentionMask(sliding_window=self.config.sliding_window)
+        if segment_ids is not None:
+            mask = mask.with_segment_ids(segment_ids)
+
+        x = self.token_embedding(token_ids)
+        for block in self.blocks:
+            x = self._run_block(block, x, positions, mask)
+        return self.final_norm(x)
+
+    def compute_output_spec(self, inputs):
+        """Shape and dtype of a symbolic call, without tracing one with a made-up length."""
+        token_ids, *_ = self._unpack(inputs)
+        shape = (*token_ids.shape, self.config.hidden_dim)
+        return keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def _run_block(self, block, x, positions, mask):
+        def run(x):
+            return block(x, positions=positions, attention_mask=mask)
+
+        # A closure of the tensor alone is the one form of remat that works on all backends.
+        return keras.remat(run)(x) if self.config.remat else run(x)
+
+    def logits(self, inputs):
+        """Returns next-token logits `(B, S, V)` for the inputs of a call."""
+        return self.lm_head(self(inputs))
+
+    def compile(self, optimizer="adamw", loss=None, metrics=None, weighted_metrics=None, **kwargs):
+        """Configures training. The loss is built in; only the optimizer is to be chosen.
+
+        Args:
+            optimizer: str or `keras.optimizers.Optimizer`.
+            loss, metrics, weighted_metrics: refused: they would be given hidden states as
+                predictions.
+            **kwargs: `jit_compile`, `run_eagerly`, `steps_per_execution`, ...
+        """
+        given = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics}
+        for name, value in given.items():
+            if value:
+                raise ValueError(
+                    f"{name}={value!r} is not supported: Grugformer computes its own next-token "
+                    "loss, and a Keras loss or metric would see hidden states as predictions. "
+                    "Call compile(optimizer), or override compute_loss."
+                )
+        super().compile(optimizer=optimizer, **kwargs)
+
+    def compile_from_config(self, config):
+        """Restores the optimizer of a saved model; Keras leaves this to models with a `compile`."""
+        config = keras.saving.deserialize_keras_object(config)
+        self.compile(**config)
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Token-weighted mean next-token loss of a batch, plus any regularisation losses."""
+        if y is None:
+            raise ValueError("y must hold the labels (the tokens shifted by one), got None")
+        loss, weight = self.token_mean_loss(y_pred, y, sample_weight)
+        self.token_loss.update_state(loss, sample_weight=weight)
+        self.batch_loss.reset_state()
+        self.batch_loss.update_state(loss)
+        self._report_batch_loss = training
+        return loss + sum(self.losses)
+
+    def token_mean_loss(self, hidden, labels, weights):
+        """Mean loss and total weight; the place to try another objective."""
+        return next_token_loss(hidden, self.lm_head.kernel, labels, weights)
+
+    def get_metrics_result(self):
+        """`loss`: mean over all tokens so far. In training also `batch_loss`, of this step."""
+        logs = {"loss": self.token_loss.result()}
+        if getattr(self, "_report_batch_loss", False):
+            logs["batch_loss"] = self.batch_loss.result()
+        return logs
+
+    def _check_data(self, where, x, y=None, weights=None):
+        """Checks data before Keras compiles: on JAX, an error inside a step loses the weights.
+
+        Arrays are checked whole, a `PyDataset` by its first batch; other datasets are met by
+        the same checks when the step is traced.
+        """
+        if isinstance(x, keras.utils.PyDataset):
+            x, y, weights = keras.utils.unpack_x_y_sample_weight(x[0])
+        if not isinstance(x, dict) and not hasattr(x, "shape"):
+            return
+        if y is None:
+            raise ValueError(f"{where} needs y, the labels (the tokens shifted by one), got None")
+        token_ids, *_ = self._unpack(x)
+        y = keras.ops.convert_to_numpy(y)
+        shape = tuple(token_ids.shape)
+        if y.shape != shape or not np.issubdtype(y.dtype, np.integer):
+            raise ValueError(
+                f"labels must be integers of shape {shape} like token_ids, "
+                f"got {y.dtype} of shape {y.shape}"
+            )
+        if weights is not None:
+            weights = keras.ops.convert_to_numpy(weights)
+            if weights.shape not in (shape, shape[:1]):
+                raise ValueError(
+                    f"sample_weight must have shape {shape} or {shape[:1]}, got {weights.shape}"
+                )
+            if weights.shape == shape:
+                y = y[weights != 0]  # a label of weight 0 is never read
+        self._check_ids("token_ids", keras.ops.convert_to_numpy(token_ids))
+        self._check_ids("labels", y)
+
+    def _check_ids(self, name, values):
+        """Checks ids that are on the host; a compiled step cannot raise on a value."""
+        if not isinstance(values, np.ndarray) or not np.issubdtype(values.dtype, np.integer):
+            return
+        bad = values[(values < 0) | (values >= self.config.vocab_size)]
+        if bad.size:
+            raise ValueError(
+                f"{name} must be in [0, vocab_size={self.config.vocab_size}), got {bad[0]}"
+            )
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "config": dataclasses.asdict(self.config),
+            "block_class": keras.saving.get_registered_name(self.block_class),
+        }
+
+    def _unpack(self, inputs):
+        """Token ids, segment ids and positions of a call, checked."""
+        if not isinstance(inputs, dict):
+            inputs = {"token_ids": inputs}
+        unknown = set(inputs) - {"token_ids", "segment_ids", "positions"}
+        if unknown or "token_ids" not in inputs:
+            raise ValueError(
+                "inputs must hold token_ids and optionally segment_ids and positions, "
+                f"got {sorted(inputs)}"
+            )
+        token_ids = inputs["token_ids"]
+        shape = tuple(token_ids.shape)
+        dtype = keras.backend.standardize_dtype(token_ids.dtype)
+        if len(shape) != 2 or "int" not in dtype:
+            raise ValueError(
+                f"token_ids must be integers of shape (B, S), got {dtype} of shape {shape}"
+            )
+        if shape[1] is not None and shape[1] > self.config.max_seq_len:
+            raise ValueError(
+                f"token_ids must be at most max_seq_len={self.config.max_seq_len} long, "
+                f"got {shape[1]}"
+            )
+        for name in ("segment_ids", "positions"):
+            if inputs.get(name) is not None and tuple(inputs[name].shape) != shape:
+                raise ValueError(
+                    f"{name} must have shape {shape} like token_ids, "
+                    f"got {tuple(inputs[name].shape)}"
+                )
+        return token_ids, inputs.get("segment_ids"), inputs.get("positions")
+
+
+def _token_ids(inputs):
+    return inputs.get("token_ids") if isinstance(inputs, dict) else inputs
+
+
+def _registered_class(name):
+    """The block class of a saved model: a core class, a registered one, or a custom object."""
+    found = keras.saving.get_registered_object(name)
+    if found is None:
+        raise ValueError(
+            f"block_class={name!r} is unknown here: import the script that defines it and pass "
+            f"custom_objects={{{name!r}: <class>}} to load_model, or decorate the class with "
+            "keras.saving.register_keras_serializable()"
+        )
+    return found

@@ -1,0 +1,98 @@
+"""The record of a run: what ran, on what, from which commit; written whole or not at all."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+
+import keras
+
+_PACKAGES = (
+    "keras",
+    "jax",
+    "tensorflow",
+    "torch",
+    "numpy",
+    "optax",
+    "tokenizers",
+    "keras-hub",
+    "tensorflow-datasets",
+)
+
+
+def new_run_dir(root, name):
+    """Creates and returns `root/<name>-<UTC time>`, made unique."""
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    for attempt in range(1000):
+        path = pathlib.Path(root) / (f"{name}-{now}" + (f"-{attempt}" if attempt else ""))
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue
+    raise FileExistsError(f"out={str(root)!r} already holds a thousand runs of this second")
+
+
+def write_atomically(path, write):
+    """Calls `write(temporary path)`, then renames, so that `path` is never half-written."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path, record):
+    """Writes a record as JSON, whole or not at all."""
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def git_state(folder):
+    """Returns `(commit, dirty)` of the checkout that holds `folder`, or `(None, None)`."""
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def versions():
+    """Versions of Python and of the libraries that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def device():
+    """Kind and number of the devices that Keras computes on."""
+    backend = keras.config.backend()
+    if backend == "jax":
+        import jax
+
+        kinds = [d.device_kind for d in jax.devices()]
+    elif backend == "torch":
+        import torch
+
+        kinds = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    else:
+        import tensorflow as tf
+
+        kinds = [d.name for d in tf.config.list_physical_devices("GPU")]
+    kinds = kinds or ["cpu"]
+    return {"kind": kinds[0], "count": len(kinds), "cpu_cores": os.cpu_count()}

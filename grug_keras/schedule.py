@@ -1,0 +1,66 @@
+"""Learning-rate schedules: optax's, on every backend."""
+
+import keras
+import numpy as np
+
+
+@keras.saving.register_keras_serializable(package="grug_keras")
+class Trapezoid(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up, plateau, linear cool-down to zero.
+
+    The values come from optax once, as a table of `steps` numbers, so that TensorFlow and
+    PyTorch follow the same schedule to the bit.
+
+    Args:
+        peak: float > 0, learning rate of the plateau.
+        steps: int >= 1, optimizer updates in the whole run.
+        warmup: float in [0, 1], fraction of the steps spent rising.
+        cooldown: float in [0, 1], fraction spent falling; `warmup + cooldown <= 1`.
+
+    Raises:
+        ValueError: names the argument and the value.
+
+    Example:
+
+    >>> optimizer = keras.optimizers.AdamW(Trapezoid(3e-3, steps=1000))
+
+    Reference: Hägele et al., https://arxiv.org/abs/2405.18392.
+    """
+
+    def __init__(self, peak, steps, warmup=0.05, cooldown=0.7):
+        if not peak > 0:
+            raise ValueError(f"peak must be positive, got {peak}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        for name, value in (("warmup", warmup), ("cooldown", cooldown)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if warmup + cooldown > 1:
+            raise ValueError(f"warmup + cooldown must be at most 1, got {warmup} + {cooldown}")
+        self.peak, self.steps, self.warmup, self.cooldown = peak, steps, warmup, cooldown
+        import optax  # here, so that loading a saved schedule is all that needs it
+
+        rise, fall = round(warmup * steps), round(cooldown * steps)
+        shape = optax.join_schedules(
+            [
+                # the first step already learns: 1 / rise, not 0
+                optax.linear_schedule(1 / max(rise, 1), 1.0, max(rise - 1, 1)),
+                optax.constant_schedule(1.0),
+                # the last step still learns: 0 comes one step after the end
+                optax.linear_schedule(1.0, 0.0, max(fall, 1)),
+            ],
+            boundaries=[rise, steps - fall],
+        )
+        self._table = peak * np.asarray(shape(np.arange(steps)), dtype="float32")
+
+    def at(self, step):
+        """The learning rate of update `step` (from 0), as a float."""
+        return float(self._table[min(int(step), self.steps - 1)])
+
+    def __call__(self, step):
+        index = keras.ops.minimum(keras.ops.cast(step, "int32"), self.steps - 1)
+        return keras.ops.take(keras.ops.convert_to_tensor(self._table), index)
+
+    def get_config(self):
+        names = ("peak", "steps", "warmup", "cooldown")
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,15 @@
+"""Pure functions on tensors: no layers, no configuration. Import as `grug_keras.ops`."""
+
+from grug_keras.ops.attention import AttentionMask, attention
+from grug_keras.ops.cross_entropy import fused_linear_cross_entropy
+from grug_keras.ops.registry import implementations
+from grug_keras.ops.rotary import document_positions, rotary_embedding
+
+__all__ = [
+    "AttentionMask",
+    "attention",
+    "document_positions",
+    "fused_linear_cross_entropy",
+    "implementations",
+    "rotary_embedding",
+]

@@ -1,0 +1,266 @@
+"""Attention: contract, checks, reference implementation."""
+
+import dataclasses
+import math
+from numbers import Integral
+from typing import Any
+
+from grug_keras.ops import registry
+from keras import ops
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionMask:
+    """Which keys a query may see, described by rules rather than by an (S, T) array.
+
+    The rules are combined with "and". Query and key positions both count from 0.
+
+    Args:
+        is_causal: bool. A query sees keys at its own position and before.
+        sliding_window: int >= 1 or None. A query sees the last `sliding_window` keys,
+            its own position included. It bounds the look back only: without `is_causal`
+            the future stays visible.
+        segment_ids: int tensor `(B, S)`, or a pair `(B, S), (B, T)` for queries and keys.
+            0 is padding, 1.. are documents. A query sees only keys of its own document;
+            padding sees nothing, is seen by nothing, and yields exact zeros.
+
+    Raises:
+        ValueError: for a window below 1, or segment ids that are not 2-D integers.
+
+    Example:
+
+    >>> mask = AttentionMask(sliding_window=2)
+    >>> mask.materialize(3, 3)  # [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+
+    is_causal: bool = True
+    sliding_window: int | None = None
+    segment_ids: Any = None
+
+    def __post_init__(self):
+        if not isinstance(self.is_causal, bool):
+            raise ValueError(f"is_causal must be True or False, got {self.is_causal!r}")
+        window = self.sliding_window
+        if window is not None and (isinstance(window, bool) or not isinstance(window, Integral)):
+            raise ValueError(f"sliding_window must be an int or None, got {window!r}")
+        if window is not None and window < 1:
+            raise ValueError(f"sliding_window must be at least 1, got {window}")
+        if self.segment_ids is not None:
+            pair = self.segment_ids
+            pair = pair if isinstance(pair, tuple) else (pair, pair)
+            if len(pair) != 2:
+                raise ValueError(
+                    f"segment_ids must be one tensor or a pair (queries, keys), got {len(pair)}"
+                )
+            query_ids = _as_segment_ids(pair[0])
+            key_ids = query_ids if pair[1] is pair[0] else _as_segment_ids(pair[1])
+            object.__setattr__(self, "segment_ids", (query_ids, key_ids))
+
+    def with_segment_ids(self, q, kv=None):
+        """Returns this mask with the documents of a packed batch.
+
+        Args:
+            q: int tensor `(B, S)`, document of each query, 0 for padding.
+            kv: int tensor `(B, T)`, document of each key. Defaults to `q`.
+        """
+        return dataclasses.replace(self, segment_ids=(q, q if kv is None else kv))
+
+    def materialize(self, q_len, kv_len):
+        """Returns the mask as a bool tensor, True where a query may attend.
+
+        Args:
+            q_len: int, S.
+            kv_len: int, T.
+
+        Returns:
+            Bool tensor `(B, S, T)` with segment ids, else `(S, T)`.
+        """
+        query = ops.arange(q_len)[:, None]
+        key = ops.arange(kv_len)[None, :]
+        allowed = ops.ones((q_len, kv_len), dtype="bool")
+        if self.is_causal:
+            allowed = ops.logical_and(allowed, key <= query)
+        if self.sliding_window is not None:
+            allowed = ops.logical_and(allowed, key > query - self.sliding_window)
+        if self.segment_ids is None:
+            return allowed
+        self._check_lengths(q_len, kv_len)
+        own, other = self.segment_ids[0][:, :, None], self.segment_ids[1][:, None, :]
+        same_document = ops.logical_and(own == other, own != 0)
+        return ops.logical_and(allowed, same_document)
+
+    def _check_lengths(self, q_len, kv_len):
+        for name, ids, length in zip(
+            ("query", "key"), self.segment_ids, (q_len, kv_len), strict=True
+        ):
+            if isinstance(length, int) and ids.shape[1] not in (None, length):
+                raise ValueError(
+                    f"segment_ids for the {name} must have length {length}, "
+                    f"got shape {tuple(ids.shape)}"
+                )
+
+
+def attention(
+    query,
+    key,
+    value,
+    mask=None,
+    *,
+    sinks=None,
+    logit_soft_cap=None,
+    scale=None,
+    implementation=None,
+):
+    """Scaled dot-product attention with grouped heads, structured masks and sinks.
+
+    Args:
+        query: float tensor `(B, S, N, H)`.
+        key: float tensor `(B, T, K, H)`, `N % K == 0`: query heads `n` uses key head
+            `n // (N // K)`.
+        value: float tensor `(B, T, K, H)`.
+        mask: `AttentionMask`, a bool tensor `(S, T)` or `(B, S, T)` (True = may attend),
+            or None: every query sees every key. A query that sees nothing yields zeros,
+            with zero gradients.
+        sinks: float tensor `(N,)` or None. One logit per query head that joins the
+            softmax denominator and nothing else.
+        logit_soft_cap: float > 0 or None. Logits become `cap * tanh(logits / cap)`.
+        scale: float or None. Multiplies the logits. Defaults to `1 / sqrt(H)`.
+        implementation: str or None. None picks the best that can run here.
+
+    Returns:
+        Tensor `(B, S, N, H)` of the dtype of `value`. Softmax runs in float32 (float64
+        for float64 inputs).
+
+    Raises:
+        ValueError: for shapes, dtypes or an implementation that do not fit.
+
+    Example:
+
+    >>> q = keras.random.normal((2, 16, 4, 8))
+    >>> kv = keras.random.normal((2, 16, 2, 8))
+    >>> attention(q, kv, kv, AttentionMask(sliding_window=8)).shape
+    (2, 16, 4, 8)
+
+    References: Vaswani et al., https://arxiv.org/abs/1706.03762; grouped heads,
+    https://arxiv.org/abs/2305.13245; sinks as in gpt-oss,
+    https://arxiv.org/abs/2508.10925; soft cap as in Gemma 2,
+    https://arxiv.org/abs/2408.00118.
+    """
+    query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
+    sinks = None if sinks is None else ops.convert_to_tensor(sinks)
+    if not (mask is None or isinstance(mask, AttentionMask)):
+        mask = ops.convert_to_tensor(mask)
+    _check(query, key, value, mask, sinks, logit_soft_cap)
+    if isinstance(mask, AttentionMask) and mask.segment_ids is not None:
+        # 0 * nan is nan: garbage in padded rows must not reach a product at all.
+        query_ids, key_ids = mask.segment_ids
+        query = _zero_padding(query, query_ids)
+        key, value = _zero_padding(key, key_ids), _zero_padding(value, key_ids)
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    run = registry.choose("attention", implementation)
+    return run(query, key, value, mask, sinks=sinks, logit_soft_cap=logit_soft_cap, scale=scale)
+
+
+def reference_attention(query, key, value, mask, *, sinks, logit_soft_cap, scale):
+    """The definition, with all `(B, N, S, T)` logits in memory. Arguments as checked above."""
+    B, S, N, H = ops.shape(query)
+    T, K = ops.shape(key)[1:3]
+    G = N // K
+    compute = "float64" if ops.dtype(query) == "float64" else "float32"
+    # Heads first, and the query heads of a group as extra rows: plain matrix products,
+    # without repeating keys or values.
+    q = _heads_first(ops.cast(query, compute) * scale, (B, K, G * S, H))
+    k = _heads_first(ops.cast(key, compute), (B, K, T, H))
+    v = _heads_first(ops.cast(value, compute), (B, K, T, H))
+    logits = ops.reshape(ops.matmul(q, ops.swapaxes(k, -1, -2)), (B, K, G, S, T))
+    if logit_soft_cap is not None:
+        logits = logit_soft_cap * ops.tanh(logits / logit_soft_cap)
+    allowed = _dense_mask(mask, S, T)
+    if allowed is not None:
+        logits = ops.where(allowed, logits, -1e30)
+    # The maximum only keeps exp in range; the result does not depend on it.
+    peak = ops.max(logits, axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks = ops.reshape(ops.cast(sinks, compute), (1, K, G, 1, 1))
+        peak = ops.minimum(ops.maximum(peak, sinks), 1e30)  # a sink of +inf must not give nan
+    peak = ops.stop_gradient(peak)
+    weights = ops.exp(logits - peak)
+    if allowed is not None:
+        weights = ops.where(allowed, weights, 0.0)  # where all are hidden, exp(0) is 1
+    total = ops.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + ops.exp(sinks - peak)
+    total = ops.where(total == 0.0, 1.0, total)  # a query that sees nothing yields 0 / 1
+    out = ops.matmul(ops.reshape(weights, (B, K, G * S, T)), v)
+    out = ops.reshape(out, (B, K, G, S, H)) / total
+    out = ops.reshape(ops.transpose(out, (0, 3, 1, 2, 4)), (B, S, N, H))
+    return ops.cast(out, value.dtype)
+
+
+registry.register("attention", "reference", reference_attention)
+
+
+def _heads_first(x, shape):
+    """`(B, S, heads, H)` to `(B, heads, S, H)`, then to `shape`."""
+    return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), shape)
+
+
+def _dense_mask(mask, S, T):
+    """The mask as bool, broadcastable to (B, K, G, S, T)."""
+    if mask is None:
+        return None
+    if isinstance(mask, AttentionMask):
+        mask = mask.materialize(S, T)
+    return mask if len(mask.shape) == 2 else mask[:, None, None]
+
+
+def _zero_padding(x, segment_ids):
+    keep = ops.expand_dims(segment_ids != 0, (-1, -2))
+    return ops.where(keep, x, ops.zeros((), dtype=x.dtype))
+
+
+def _as_segment_ids(ids):
+    if isinstance(ids, np.ndarray) and ids.size and ids.min() < 0:
+        raise ValueError(f"segment_ids must be 0 (padding) or more, got {ids.min()}")
+    ids = ops.convert_to_tensor(ids)
+    if len(ids.shape) != 2 or not ops.dtype(ids).startswith(("int", "uint")):
+        raise ValueError(
+            "segment_ids must be integers of shape (B, S), "
+            f"got {ops.dtype(ids)} of shape {tuple(ids.shape)}"
+        )
+    return ids
+
+
+def _check(query, key, value, mask, sinks, logit_soft_cap):
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if len(tensor.shape) != 4:
+            raise ValueError(f"{name} must be 4-D (B, S, N, H), got shape {tuple(tensor.shape)}")
+        if "float" not in ops.dtype(tensor):
+            raise ValueError(f"{name} must be a float tensor, got dtype {ops.dtype(tensor)}")
+    B, S, N, H = query.shape
+    T, K = key.shape[1:3]
+    if tuple(key.shape) != tuple(value.shape) or (key.shape[0], key.shape[3]) != (B, H):
+        raise ValueError(
+            f"key and value must have shape (B, T, K, H) with B={B}, H={H}, "
+            f"got {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if not K or N % K:
+        raise ValueError(f"query heads must be a multiple of key heads, got N={N}, K={K}")
+    if sinks is not None and tuple(sinks.shape) != (N,):
+        raise ValueError(f"sinks must have shape ({N},), got {tuple(sinks.shape)}")
+    if logit_soft_cap is not None and not logit_soft_cap > 0:
+        raise ValueError(f"logit_soft_cap must be positive or None, got {logit_soft_cap}")
+    if isinstance(mask, AttentionMask):
+        if mask.segment_ids is not None:
+            mask._check_lengths(S, T)
+            for ids in mask.segment_ids:
+                if None not in (B, ids.shape[0]) and ids.shape[0] != B:
+                    raise ValueError(f"segment_ids must have batch {B}, got {tuple(ids.shape)}")
+    elif mask is not None:
+        if ops.dtype(mask) != "bool":
+            raise ValueError(f"mask must be bool or an AttentionMask, got dtype {ops.dtype(mask)}")
+        if tuple(mask.shape) not in ((S, T), (B, S, T)):
+            raise ValueError(
+                f"mask must have shape {(S, T)} or {(B, S, T)}, got {tuple(mask.shape)}"
+            )

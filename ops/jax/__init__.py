@@ -1,0 +1,1 @@
+"""Implementations for JAX, one file per op."""

@@ -1,0 +1,124 @@
+"""Rotary position embedding."""
+
+import functools
+
+from keras import backend, ops
+import numpy as np
+
+
+def rotary_embedding(x, positions, *, theta=10000.0, num_positions=None):
+    """Rotates each pair of features by an angle that grows with the position.
+
+    Half-split layout: feature `i` is paired with feature `i + H / 2`, as in Llama and
+    Qwen, not with its neighbour. Angles are float32 at least, whatever the dtype of `x`:
+    in bfloat16, positions above 256 would collide.
+
+    Args:
+        x: float tensor of shape `(B, S, N, H)`, `H` even.
+        positions: int tensor of shape `(S,)` or `(B, S)`.
+        theta: float > 0. The longest wavelength is `2 * pi * theta`.
+        num_positions: int or None. If all positions are known to be below it, sines come
+            from a table made once on the host: on CPU, computing them again in every
+            layer costs a sixth of a small model's step. NumPy positions need no bound.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: if `x` is not 4-D, `H` is odd, `positions` does not match, or
+            `theta` is not positive.
+
+    Example:
+
+    >>> q = rotary_embedding(np.ones((1, 3, 2, 8), "float32"), np.arange(3))
+
+    Reference: Su et al., RoFormer, https://arxiv.org/abs/2104.09864, equation 34.
+    """
+    x = ops.convert_to_tensor(x)
+    if isinstance(positions, list | tuple):
+        positions = np.asarray(positions)
+    _check(x, positions, theta)
+    half = x.shape[-1] // 2
+    if isinstance(positions, np.ndarray):
+        cos, sin = _host_table(positions, half, theta)
+    elif num_positions is not None:
+        table = _table_up_to(num_positions, half, theta)
+        cos, sin = (ops.take(ops.convert_to_tensor(t), positions, axis=0) for t in table)
+    else:
+        frequencies = ops.convert_to_tensor(_frequencies(half, theta).astype("float32"))
+        angles = ops.cast(positions, "float32")[..., None] * frequencies
+        cos, sin = ops.cos(angles), ops.sin(angles)
+    compute_dtype = "float64" if ops.dtype(x) == "float64" else "float32"
+    cos, sin = (ops.expand_dims(ops.cast(t, compute_dtype), -2) for t in (cos, sin))
+    x1 = ops.cast(x[..., :half], compute_dtype)
+    x2 = ops.cast(x[..., half:], compute_dtype)
+    rotated = ops.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return ops.cast(rotated, x.dtype)
+
+
+def _frequencies(half, theta):
+    return theta ** (-np.arange(half) / half)
+
+
+def _host_table(positions, half, theta):
+    """Cosines and sines of shape `(*positions, H / 2)`: float64 angles, float32 results."""
+    angles = positions[..., None] * _frequencies(half, theta)
+    return np.cos(angles).astype("float32"), np.sin(angles).astype("float32")
+
+
+@functools.lru_cache(maxsize=16)
+def _table_up_to(num_positions, half, theta):
+    return _host_table(np.arange(num_positions), half, theta)
+
+
+def _check(x, positions, theta):
+    if len(x.shape) != 4:
+        raise ValueError(f"x must have shape (B, S, N, H), got {tuple(x.shape)}")
+    if x.shape[-1] is None or x.shape[-1] % 2:
+        raise ValueError(f"x must have an even last dimension, got {x.shape[-1]}")
+    dtype = backend.standardize_dtype(positions.dtype)
+    if not dtype.startswith(("int", "uint")):
+        raise ValueError(f"positions must be integers, got dtype {dtype}")
+    expected = tuple(x.shape[:2])
+    got = tuple(positions.shape)
+    if len(got) not in (1, 2) or not _compatible(got, expected[-len(got) :]):
+        raise ValueError(f"positions must have shape {expected[1:]} or {expected}, got {got}")
+    if not theta > 0:
+        raise ValueError(f"theta must be positive, got {theta}")
+
+
+def _compatible(got, expected):
+    return all(g is None or e is None or g == e for g, e in zip(got, expected, strict=True))
+
+
+def document_positions(segment_ids):
+    """Positions that restart at 0 wherever the segment id changes.
+
+    Args:
+        segment_ids: int tensor `(B, S)`.
+
+    Returns:
+        int32 tensor `(B, S)`.
+
+    Raises:
+        ValueError: if S is not known when the step is compiled.
+
+    Example:
+
+    >>> document_positions(np.array([[1, 1, 2, 2, 2]]))
+    [[0, 1, 0, 1, 2]]
+    """
+    segment_ids = ops.convert_to_tensor(segment_ids)
+    length = segment_ids.shape[1]
+    if length is None:
+        raise ValueError(
+            "segment_ids must have a length known when the step is compiled, got shape "
+            f"{tuple(segment_ids.shape)}: give the dataset fixed shapes, or pass positions"
+        )
+    index = ops.arange(length, dtype="int32")[None, :]
+    changed = ops.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    start = ops.where(changed, index, 0)
+    # The current document starts at the largest start so far: a running maximum, by doubling.
+    for step in (2**i for i in range((length - 1).bit_length())):
+        start = ops.maximum(start, ops.pad(start[:, :-step], ((0, 0), (step, 0))))
+    return index - start

@@ -1,0 +1,1 @@
+"""Implementations for TensorFlow, one file per op."""

@@ -1,0 +1,1 @@
+"""Implementations for PyTorch, one file per op."""

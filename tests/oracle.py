@@ -1,0 +1,91 @@
+"""The ops in float64 NumPy, as dumb as can be: loops over the definition, no tricks."""
+
+import numpy as np
+
+
+def allowed(S, T, *, is_causal=True, window=None, segments=None):
+    """(B, S, T) or (S, T) bool by looping over the rules."""
+    query_ids, key_ids = segments if segments is not None else (None, None)
+    batch = 1 if query_ids is None else len(query_ids)
+    mask = np.zeros((batch, S, T), dtype=bool)
+    for b in range(batch):
+        for i in range(S):
+            for j in range(T):
+                ok = True
+                if is_causal and j > i:
+                    ok = False
+                if window is not None and j <= i - window:
+                    ok = False
+                if query_ids is not None and (
+                    query_ids[b][i] == 0 or query_ids[b][i] != key_ids[b][j]
+                ):
+                    ok = False
+                mask[b, i, j] = ok
+    return mask if query_ids is not None else mask[0]
+
+
+def attention(q, k, v, mask=None, *, sinks=None, cap=None, scale=None):
+    """Softmax attention, one (batch, head, query) at a time."""
+    q, k, v = (np.asarray(t, dtype=np.float64) for t in (q, k, v))
+    B, S, N, H = q.shape
+    T, K = k.shape[1:3]
+    scale = 1 / np.sqrt(H) if scale is None else scale
+    if mask is None:
+        mask = np.ones((S, T), dtype=bool)
+    mask = np.broadcast_to(mask, (B, S, T))
+    out = np.zeros((B, S, N, H))
+    for b in range(B):
+        for n in range(N):
+            head = n // (N // K)
+            for i in range(S):
+                keys = np.flatnonzero(mask[b, i])
+                if not len(keys):
+                    continue
+                logits = k[b, keys, head] @ q[b, i, n] * scale
+                if cap is not None:
+                    logits = cap * np.tanh(logits / cap)
+                extra = [] if sinks is None else [sinks[n]]
+                peak = max([*logits, *extra])
+                weights = np.exp(logits - peak)
+                total = weights.sum() + sum(np.exp(s - peak) for s in extra)
+                out[b, i, n] = weights @ v[b, keys, head] / total
+    return out
+
+
+def cross_entropy(hidden, lm_head, labels, weights=None, *, z=0.0, smoothing=0.0, cap=None):
+    """Weighted per-position losses and the gradients of their sum to hidden and lm_head."""
+    hidden, lm_head = np.asarray(hidden, dtype=np.float64), np.asarray(lm_head, dtype=np.float64)
+    weights = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=np.float64)
+    V = lm_head.shape[1]
+    losses, d_hidden, d_head = np.zeros(len(labels)), np.zeros_like(hidden), np.zeros_like(lm_head)
+    for t, (label, w) in enumerate(zip(labels, weights, strict=True)):
+        if w == 0:
+            continue
+        raw = hidden[t] @ lm_head
+        logits = raw if cap is None else cap * np.tanh(raw / cap)
+        lse = logits.max() + np.log(np.exp(logits - logits.max()).sum())
+        target = np.full(V, smoothing / V)
+        target[label] += 1 - smoothing
+        losses[t] = w * (lse - target @ logits + z * lse**2)
+        d_logits = w * (np.exp(logits - lse) * (1 + 2 * z * lse) - target)
+        if cap is not None:
+            d_logits *= 1 - np.tanh(raw / cap) ** 2
+        d_hidden[t] = lm_head @ d_logits
+        d_head += np.outer(hidden[t], d_logits)
+    return losses, d_hidden, d_head
+
+
+def rotary(x, positions, theta=10000.0):
+    """Each pair (i, i + H/2) as a complex number, turned by its angle."""
+    x = np.asarray(x, dtype=np.float64)
+    half = x.shape[-1] // 2
+    angles = np.asarray(positions, dtype=np.float64)[..., None] * theta ** (-np.arange(half) / half)
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[..., None, :]
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def relative_error(got, want):
+    """L2 norm of the difference over the L2 norm of the truth."""
+    got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
+    assert got.shape == want.shape
+    return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-300)

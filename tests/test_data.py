@@ -1,0 +1,258 @@
+"""Corpora, tokenizers and batches: nothing lost, nothing seen twice, nothing guessed."""
+
+import pathlib
+
+from grug_keras.data import (
+    ByteTokenizer,
+    Corpus,
+    TokenBatches,
+    load_corpus,
+    load_tokenizer,
+    token_stream,
+)
+from grug_keras.data.python_stdlib import fingerprint, is_validation, stdlib_files
+import numpy as np
+import pytest
+import tokenizers
+
+BYTES = ByteTokenizer()
+
+
+@pytest.fixture(autouse=True)
+def own_data_dir(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.getbasetemp() / "tfds"))
+
+
+# --------------------------------------------------------------------------- corpora
+
+
+def test_the_embedded_corpus_is_the_standard_library():
+    corpus = load_corpus()
+    files = dict(stdlib_files())
+    held_out = [text for name, text in files.items() if is_validation(name)]
+    kept = [text for name, text in files.items() if not is_validation(name)]
+    assert sorted(corpus.validation) == sorted(t for t in held_out if t.strip())
+    assert sorted(corpus.train) == sorted(t for t in kept if t.strip())
+    assert sum(map(len, corpus.train)) > 5e6
+    assert 0.02 < len(corpus.validation) / len(corpus.train) < 0.1
+    assert not any("test" in name.split("/") for name in files)
+    assert load_corpus().sha256 == corpus.sha256 == fingerprint(stdlib_files())
+
+
+def test_a_validation_slice_is_spread_over_documents():
+    def lengths(documents, num_bytes):
+        corpus = Corpus("toy", [], documents, "")
+        return [len(text) for text in corpus.validation_slice(num_bytes)]
+
+    assert lengths([b"a" * 5, b"b" * 100, b"c" * 50], 45) == [5, 20, 20]
+    assert lengths([b"a" * 5, b"b" * 100], 1000) == [5, 100]
+    assert lengths(["é".encode() * 10], 5) == [4], "no character is cut in two"
+    assert lengths([b"a" * 10] * 500, 1000) == [10] * 100
+    assert lengths([b"a" * 1000] * 500, 640) == [10] * 64
+
+
+def test_a_standard_library_without_sources_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="python_stdlib.*no Python sources"):
+        stdlib_files(tmp_path)
+
+
+def test_a_text_file_holds_out_its_end(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("grüg see tree. " * 100)
+    corpus = load_corpus(str(path))
+    text = path.read_bytes()
+    assert corpus.train[0] + corpus.validation[0] == text
+    assert 0.08 < len(corpus.validation[0]) / len(text) < 0.12
+    corpus.train[0].decode()  # no character is cut in two
+
+
+def test_a_folder_holds_out_whole_documents_and_says_what_it_skips(tmp_path, caplog):
+    for i in range(200):
+        (tmp_path / f"{i}.txt").write_text(f"document {i}")
+    (tmp_path / ".hidden").write_text("secret")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
+    corpus = load_corpus(str(tmp_path))
+    assert sorted(corpus.train + corpus.validation) == sorted(
+        b"document %d" % i for i in range(200)
+    )
+    assert 2 <= len(corpus.validation) <= 25
+    assert "1 files are not UTF-8 text" in caplog.text
+    assert "picture.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no text"),
+        (b"  \n", "no text"),
+        (b"a\0b" * 99, "not a text file"),
+        (b"\xff\xfe" * 99, "not a text file"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, message):
+    path = tmp_path / "data.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"data=.*data.txt.*{message}"):
+        load_corpus(str(path))
+
+
+def test_missing_data_is_named(tmp_path):
+    for data in (str(tmp_path / "gone.txt"), "gone.txt", "no_such_dataset", "~nobody/x"):
+        with pytest.raises(ValueError, match="data=.*is no file or folder, nor the name"):
+            load_corpus(data)
+    with pytest.raises(ValueError, match="no text file"):
+        load_corpus(str(tmp_path))
+    with pytest.raises(ValueError, match="data must name"):
+        load_corpus("")
+
+
+def test_reading_stops_at_the_limit_and_says_so(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    (tmp_path / "b.txt").write_text("y" * 1000)
+    corpus = load_corpus(str(tmp_path), max_bytes=1500)
+    assert sum(map(len, corpus.train + corpus.validation)) == 1500
+    assert "read up to" in caplog.text
+
+
+def test_any_tfds_text_dataset_by_name():
+    """A real TFDS builder with its own splits and feature name, read back through its name."""
+    import tensorflow_datasets as tfds
+
+    class GrugToyText(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = pathlib.Path(__file__).parent  # a test module is no package
+
+        def _info(self):
+            return self.dataset_info_from_configs(
+                features=tfds.features.FeaturesDict(
+                    {"sentence": tfds.features.Text(), "label": tfds.features.Scalar(np.int32)}
+                )
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(30), "test": self._generate_examples(3)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                yield i, {"sentence": f"sentence {i} of {count}", "label": i}
+
+    corpus = load_corpus("grug_toy_text:1.0.0")
+    assert sorted(corpus.train) == sorted(b"sentence %d of 30" % i for i in range(30))
+    assert sorted(corpus.validation) == sorted(b"sentence %d of 3" % i for i in range(3))
+
+
+# ------------------------------------------------------------------------ tokenizers
+
+
+def test_bytes_round_trip():
+    text = bytes(range(256))
+    ids = BYTES.encode(text)
+    np.testing.assert_array_equal(ids, np.arange(256))
+    assert BYTES.decode([256, *ids, 300]) == text
+
+
+@pytest.fixture(scope="module")
+def bpe_path(tmp_path_factory):
+    """A byte-level BPE trained here on the embedded corpus, as `tokenizers` saves it."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text.decode() for _, text in stdlib_files()[:20]], trainer)
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def test_any_tokenizer_json(bpe_path):
+    tokenizer = load_tokenizer(str(bpe_path))
+    text = "def grug(): return '<|endoftext|> naïve 🪨'".encode()
+    ids = tokenizer.encode(text)
+    assert len(ids) < len(text)
+    assert tokenizer.bos_id not in ids, "a special token spelt out in the text is text"
+    assert tokenizer.decode([tokenizer.bos_id, *ids]) == text
+    assert ids.max() < tokenizer.vocab_size == 512
+    assert len(tokenizer.sha256) == 64
+
+
+def test_bad_tokenizers_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer must be .*'words'"):
+        load_tokenizer("words")
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer=.*tokenizer\.json"):
+        load_tokenizer(str(path))
+    lossy = tokenizers.Tokenizer(tokenizers.models.WordLevel({"grug": 0, "[UNK]": 1}, "[UNK]"))
+    lossy.save(str(path))
+    with pytest.raises(ValueError, match="loses text"):
+        load_tokenizer(str(path)).encode(b"grug think")
+
+
+# --------------------------------------------------------------------------- batches
+
+
+def batches(tokens, **kwargs):
+    return TokenBatches(tokens, bos_id=256, **{"seq_len": 4, "batch_size": 3, **kwargs})
+
+
+def test_the_stream_marks_where_documents_start_and_end():
+    np.testing.assert_array_equal(
+        token_stream([b"ab", b"c"], BYTES), [256, ord("a"), ord("b"), 256, ord("c"), 256]
+    )
+
+
+def test_an_epoch_sees_every_window_once_in_a_seeded_order():
+    tokens = np.arange(4 * 30 + 1, dtype="int32")
+    data = batches(tokens, steps=10, seed=1)
+    seen = np.concatenate([data[i][0]["token_ids"] for i in range(10)])
+    np.testing.assert_array_equal(np.sort(seen[:, 0]), np.arange(0, 120, 4))
+    assert not np.array_equal(np.sort(seen[:, 0]), seen[:, 0])
+    for i in (7, 2):  # a batch depends on (tokens, seed, step) alone
+        np.testing.assert_array_equal(batches(tokens, steps=10, seed=1)[i][1], data[i][1])
+    other = np.concatenate(
+        [batches(tokens, steps=10, seed=2)[i][0]["token_ids"] for i in range(10)]
+    )
+    assert not np.array_equal(seen, other)
+
+
+def test_the_next_epoch_has_another_order_and_batches_may_straddle_it():
+    tokens = np.arange(4 * 8 + 1, dtype="int32")
+    data = batches(tokens, steps=16)
+    starts = np.concatenate([data[i][0]["token_ids"][:, 0] for i in range(16)])
+    for epoch in range(6):
+        part = starts[8 * epoch : 8 * epoch + 8]
+        np.testing.assert_array_equal(np.sort(part), np.arange(0, 32, 4))
+    assert not np.array_equal(starts[:8], starts[8:16])
+
+
+def test_labels_follow_inputs_and_segments_count_documents():
+    tokens = np.array([256, 1, 2, 256, 3, 4, 5, 6, 7], dtype="int32")
+    inputs, labels, weights = batches(tokens, batch_size=1)[0]
+    np.testing.assert_array_equal(inputs["token_ids"], [[256, 1, 2, 256]])
+    np.testing.assert_array_equal(labels, [[1, 2, 256, 3]])
+    np.testing.assert_array_equal(inputs["segment_ids"], [[2, 2, 2, 3]])
+    assert weights.all()
+
+
+def test_evaluation_reads_every_token_once_and_pads_the_rest():
+    tokens = np.concatenate([[256], np.arange(21)]).astype("int32")
+    data = batches(tokens)
+    assert len(data) == 2
+    parts = [data[i] for i in range(2)]
+    labels = np.concatenate([y[w > 0] for _, y, w in parts])
+    np.testing.assert_array_equal(labels, tokens[1:])
+    for inputs, _, weights in parts:
+        np.testing.assert_array_equal(inputs["segment_ids"] == 0, weights == 0)
+
+
+def test_bad_batches_are_named():
+    with pytest.raises(ValueError, match="shorter than one sequence"):
+        batches(np.zeros(4, "int32"), steps=1)
+    for name in ("seq_len", "batch_size", "steps"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            batches(np.zeros(9, "int32"), **{"steps": 1, name: 0})

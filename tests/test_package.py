@@ -1,0 +1,98 @@
+"""What importing the package does and does not do, and that its documents tell the truth."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def python(code, home, **environment):
+    """Runs code as a user with an empty home and no backend chosen."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("KERAS_", "TFDS_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**kept, "HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+DESCRIBE = "import grug_keras.backend as b; print(b.describe_backend())"
+
+
+def test_jax_is_the_default_on_the_first_start_and_on_the_second(tmp_path):
+    for _ in range(2):
+        assert python(DESCRIBE, tmp_path).startswith("Keras backend: jax (the default")
+        assert not (tmp_path / ".keras" / "keras.json").exists()
+
+
+def test_a_choice_is_never_overridden(tmp_path):
+    assert "torch (KERAS_BACKEND" in python(DESCRIBE, tmp_path, KERAS_BACKEND="torch")
+    assert python(DESCRIBE, tmp_path).startswith("Keras backend: jax (the default")
+    settings = tmp_path / ".keras" / "keras.json"
+    settings.write_text('{"backend": "torch"}')
+    assert f"torch (chosen in {settings})" in python(DESCRIBE, tmp_path)
+    settings.unlink()
+    code = "import os; os.environ['KERAS_BACKEND'] = 'torch'\nimport keras\n" + DESCRIBE
+    assert "torch (Keras was imported before" in python(code, tmp_path)
+    assert settings.exists(), "written by the user's own import of Keras: not ours to remove"
+
+
+def test_import_stays_light(tmp_path):
+    heavy = ("keras_hub", "tensorflow_datasets", "tensorflow", "torch", "optax")
+    code = f"import sys, grug_keras; print([m for m in {heavy} if m in sys.modules])"
+    assert python(code, tmp_path) == "[]"
+
+
+def test_a_checkpoint_loads_after_importing_the_package_alone(tmp_path):
+    make = """
+import grug_keras, keras
+model = grug_keras.Grugformer(grug_keras.GrugConfig(11, 8, 8, 1, 2, 1))
+model.build()
+model.compile(keras.optimizers.AdamW(grug_keras.Trapezoid(1e-3, 10)))
+model.save("model.keras")
+"""
+    load = "import grug_keras, keras; print(keras.models.load_model('model.keras').compiled)"
+    python(f"import os; os.chdir({str(tmp_path)!r})\n{make}", tmp_path)
+    assert python(f"import os; os.chdir({str(tmp_path)!r})\n{load}", tmp_path) == "True"
+
+
+def test_every_speedrun_has_one_archive_entry():
+    archive = (ROOT / "docs" / "archive.md").read_text()
+    entries = re.findall(r"^### (\S+)\n((?:- .*\n)+)", archive, re.M)
+    assert len({name for name, _ in entries}) == len(entries) >= 3
+    active = []
+    for name, body in entries:
+        fields = dict(re.findall(r"^- ([\w -]+): (.*)$", body, re.M))
+        assert {"Path", "Introduced", "Status", "Purpose"} <= set(fields), name
+        path = fields["Path"].strip("`")
+        if fields["Status"] == "active":
+            active.append(path)
+        assert (ROOT / path).exists() == (fields["Status"] == "active"), name
+    scripts = [str(p.relative_to(ROOT)) for p in (ROOT / "speedruns").glob("*.py")]
+    assert sorted(active) == sorted(scripts)
+
+
+def test_speedruns_stay_short_and_the_core_stays_small():
+    for script in (ROOT / "speedruns").glob("*.py"):
+        assert len(script.read_text().splitlines()) <= 150, script
+    core = ["config", "layer", "attention", "model", "loss"]
+    lines = sum(len((ROOT / f"grug_keras/{name}.py").read_text().splitlines()) for name in core)
+    assert lines <= 900
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/archive.md"])
+def test_paths_named_in_the_documents_exist(name):
+    text = (ROOT / name).read_text()
+    planned = set(re.findall(r"^- Path: `([^`]+)`\n(?:- .*\n)*?- Status: planned", text, re.M))
+    pattern = r"(?:grug_keras|ops|speedruns|tests|docs|benchmarks)/[\w/.]*\w"
+    for path in set(re.findall(pattern, text)) - planned:
+        assert (ROOT / path).exists(), path

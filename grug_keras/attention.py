@@ -55,7 +55,7 @@ class CausalSelfAttention(GrugLayer):
         mask = attention_mask
         if mask is None:
             mask = ops.AttentionMask(sliding_window=self.config.sliding_window)
-        # Matrices of tokens: the gradients of 3-D products are twice as slow in XLA on CPU.
+        # Matrices of tokens: XLA on CPU is slower on 3-D products (benchmarks/cpu_layout.py).
         rows = keras.ops.reshape(x, (-1, D))
         q = keras.ops.reshape(self.q_proj(rows), (B, S, self.num_heads, self.head_dim))
         k = keras.ops.reshape(self.k_proj(rows), (B, S, self.num_kv_heads, self.head_dim))

@@ -186,14 +186,31 @@ class Grugformer(keras.Model):
         return super().__call__(inputs, **kwargs)
 
     def fit(self, x=None, y=None, *args, **kwargs):
-        """`keras.Model.fit` on `(inputs, labels, weights)`: arrays, or any Keras dataset."""
+        """Trains with `keras.Model.fit`, after checking what can be checked before it compiles.
+
+        Args:
+            x: inputs of a call, or any Keras dataset of `(inputs, labels, weights)`.
+            y: int array `(B, S)`, the token that follows each position.
+            *args, **kwargs: of `keras.Model.fit`. `sample_weight` is `(B, S)` or `(B,)`.
+
+        Returns:
+            `History` with `loss`, the token-weighted mean of the epoch, and `batch_loss`, of
+            its last step.
+
+        Raises:
+            ValueError: names the argument and the value.
+        """
         self._check_data("fit", x, y, kwargs.get("sample_weight"))
         if isinstance(kwargs.get("validation_data"), tuple):
             self._check_data("validation_data", *kwargs["validation_data"])
         return super().fit(x, y, *args, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
-        """`keras.Model.evaluate`: the token-weighted mean loss, in nats per token."""
+        """Evaluates with `keras.Model.evaluate`; arguments as of `fit`.
+
+        Returns:
+            float, the token-weighted mean loss in nats per token.
+        """
         self._check_data("evaluate", x, y, kwargs.get("sample_weight"))
         return super().evaluate(x, y, *args, **kwargs)
 
@@ -222,7 +239,14 @@ class Grugformer(keras.Model):
         return keras.remat(run)(x) if self.config.remat else run(x)
 
     def logits(self, inputs):
-        """Returns next-token logits `(B, S, V)` for the inputs of a call."""
+        """Next-token logits, for sampling.
+
+        Args:
+            inputs: as of a call.
+
+        Returns:
+            Float tensor `(B, S, V)`.
+        """
         return self.lm_head(self(inputs))
 
     def compile(self, optimizer="adamw", loss=None, metrics=None, weighted_metrics=None, **kwargs):
@@ -252,7 +276,18 @@ class Grugformer(keras.Model):
             self.optimizer.build(self.trainable_variables)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Token-weighted mean next-token loss of a batch, plus any regularisation losses."""
+        """The loss of a batch, as Keras asks for it.
+
+        Args:
+            x: inputs of the call.
+            y: int tensor `(B, S)`, labels.
+            y_pred: float tensor `(B, S, D)`, hidden states.
+            sample_weight: float tensor `(B, S)` or `(B,)`, or None.
+            training: bool.
+
+        Returns:
+            float32 scalar: token-weighted mean loss plus any regularisation losses.
+        """
         if y is None:
             raise ValueError("y must hold the labels (the tokens shifted by one), got None")
         loss, weight = self.token_mean_loss(y_pred, y, sample_weight)
@@ -263,7 +298,16 @@ class Grugformer(keras.Model):
         return loss + sum(self.losses)
 
     def token_mean_loss(self, hidden, labels, weights):
-        """Mean loss and total weight; the place to try another objective."""
+        """The objective; the place to try another one.
+
+        Args:
+            hidden: float tensor `(B, S, D)`.
+            labels: int tensor `(B, S)`.
+            weights: float tensor `(B, S)` or `(B,)`, or None.
+
+        Returns:
+            Pair of float32 scalars: mean loss, and the total weight it stands for.
+        """
         return next_token_loss(hidden, self.lm_head.kernel, labels, weights)
 
     def get_metrics_result(self):

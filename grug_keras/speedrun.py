@@ -73,7 +73,7 @@ def main(script, recipes, build_model, build_optimizer):
     )
     @click.option("--steps", type=click.IntRange(min=1), help="Instead of the recipe's.")
     @click.option("--batch", type=click.IntRange(min=1), help="Sequences a step, likewise.")
-    @click.option("--seq-len", type=click.IntRange(min=2), help="Instead of the model's longest.")
+    @click.option("--seq-len", type=click.IntRange(min=8), help="Instead of the model's longest.")
     @click.option("--dtype", type=click.Choice(policies), default=policies[0], help="Keras policy.")
     @click.option(
         "--backend",
@@ -285,9 +285,9 @@ class Speedrun:
         record["evaluation_seconds"] = round(time.perf_counter() - begin, 2)
 
     def _sample(self, model):
-        half = self.config.max_seq_len // 2
-        prompt = cut_text(self.validation[0], half // 2)  # a token is a byte or more: it fits
-        text = generate(model, self.tokenizer, prompt, length=half, seed=self.seed)
+        quarter = self.config.max_seq_len // 4
+        prompt = cut_text(self.validation[0], quarter - 1)  # a token is a byte or more: it fits
+        text = generate(model, self.tokenizer, prompt, length=3 * quarter, seed=self.seed)
         return {"prompt": prompt.decode(errors="replace"), "text": text.decode(errors="replace")}
 
     def _report(self, record):

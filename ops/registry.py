@@ -13,7 +13,14 @@ _REGISTRY = {}
 
 
 def register(op, name, function, probe=lambda: None):
-    """Adds an implementation of `op`; earlier ones are preferred."""
+    """Adds an implementation of an op; earlier ones are preferred.
+
+    Args:
+        op: str, name of the op.
+        name: str, name of the implementation.
+        function: what runs.
+        probe: function that returns None if it can run here, else the reason why not.
+    """
     _REGISTRY.setdefault(op, {})[name] = (function, probe)
 
 
@@ -41,7 +48,11 @@ def implementations(op):
 
 
 def choose(op, implementation=None):
-    """Returns the function to run: the one asked for, or the best that can run here."""
+    """Returns the function to run: the one asked for, or the best that can run here.
+
+    Raises:
+        ValueError: for an unknown name, or one that cannot run here, with the reason.
+    """
     status = implementations(op)
     if implementation is None:
         implementation = next(name for name, why in status.items() if why == "available")

@@ -19,7 +19,7 @@ def rotary_embedding(x, positions, *, theta=10000.0, num_positions=None):
         theta: float > 0. The longest wavelength is `2 * pi * theta`.
         num_positions: int or None. If all positions are known to be below it, sines come
             from a table made once on the host: XLA on CPU computes them again for every
-            head and layer, many times slower (`benchmarks/cpu_layout.py`). A position at
+            head and layer, several times slower (`benchmarks/cpu_layout.py`). A position at
             or above the bound is an error that a compiled step cannot raise. NumPy
             positions need no bound.
 

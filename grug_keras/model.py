@@ -5,10 +5,10 @@ import dataclasses
 from grug_keras import ops
 from grug_keras.attention import CausalSelfAttention
 from grug_keras.config import GrugConfig
+from grug_keras.inputs import check_data, check_ids, unpack
 from grug_keras.layer import GrugLayer, initializer
 from grug_keras.loss import next_token_loss
 import keras
-import numpy as np
 
 
 @keras.saving.register_keras_serializable(package="grug_keras")
@@ -182,7 +182,8 @@ class Grugformer(keras.Model):
             layer.build(hidden_shape)
 
     def __call__(self, inputs, **kwargs):
-        self._check_ids("token_ids", _token_ids(inputs))
+        token_ids = inputs.get("token_ids") if isinstance(inputs, dict) else inputs
+        check_ids(self.config, "token_ids", token_ids)
         return super().__call__(inputs, **kwargs)
 
     def fit(self, x=None, y=None, *args, **kwargs):
@@ -200,9 +201,9 @@ class Grugformer(keras.Model):
         Raises:
             ValueError: names the argument and the value.
         """
-        self._check_data("fit", x, y, kwargs.get("sample_weight"))
+        check_data(self.config, "fit", x, y, kwargs.get("sample_weight"))
         if isinstance(kwargs.get("validation_data"), tuple):
-            self._check_data("validation_data", *kwargs["validation_data"])
+            check_data(self.config, "validation_data", *kwargs["validation_data"])
         return super().fit(x, y, *args, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
@@ -211,11 +212,11 @@ class Grugformer(keras.Model):
         Returns:
             float, the token-weighted mean loss in nats per token.
         """
-        self._check_data("evaluate", x, y, kwargs.get("sample_weight"))
+        check_data(self.config, "evaluate", x, y, kwargs.get("sample_weight"))
         return super().evaluate(x, y, *args, **kwargs)
 
     def call(self, inputs):
-        token_ids, segment_ids, positions = self._unpack(inputs)
+        token_ids, segment_ids, positions = unpack(self.config, inputs)
         mask = ops.AttentionMask(sliding_window=self.config.sliding_window)
         if segment_ids is not None:
             mask = mask.with_segment_ids(segment_ids)
@@ -227,7 +228,7 @@ class Grugformer(keras.Model):
 
     def compute_output_spec(self, inputs):
         """Shape and dtype of a symbolic call, without tracing one with a made-up length."""
-        token_ids, *_ = self._unpack(inputs)
+        token_ids, *_ = unpack(self.config, inputs)
         shape = (*token_ids.shape, self.config.hidden_dim)
         return keras.KerasTensor(shape, dtype=self.compute_dtype)
 
@@ -317,87 +318,12 @@ class Grugformer(keras.Model):
             logs["batch_loss"] = self.batch_loss.result()
         return logs
 
-    def _check_data(self, where, x, y=None, weights=None):
-        """Checks data before Keras compiles: on JAX, an error inside a step loses the weights.
-
-        Arrays are checked whole, a `PyDataset` by its first batch; other datasets are met by
-        the same checks when the step is traced.
-        """
-        if isinstance(x, keras.utils.PyDataset):
-            x, y, weights = keras.utils.unpack_x_y_sample_weight(x[0])
-        if not isinstance(x, dict) and not hasattr(x, "shape"):
-            return
-        if y is None:
-            raise ValueError(f"{where} needs y, the labels (the tokens shifted by one), got None")
-        token_ids, *_ = self._unpack(x)
-        y = keras.ops.convert_to_numpy(y)
-        shape = tuple(token_ids.shape)
-        if y.shape != shape or not np.issubdtype(y.dtype, np.integer):
-            raise ValueError(
-                f"labels must be integers of shape {shape} like token_ids, "
-                f"got {y.dtype} of shape {y.shape}"
-            )
-        if weights is not None:
-            weights = keras.ops.convert_to_numpy(weights)
-            if weights.shape not in (shape, shape[:1]):
-                raise ValueError(
-                    f"sample_weight must have shape {shape} or {shape[:1]}, got {weights.shape}"
-                )
-            if weights.shape == shape:
-                y = y[weights != 0]  # a label of weight 0 is never read
-        self._check_ids("token_ids", keras.ops.convert_to_numpy(token_ids))
-        self._check_ids("labels", y)
-
-    def _check_ids(self, name, values):
-        """Checks ids that are on the host; a compiled step cannot raise on a value."""
-        if not isinstance(values, np.ndarray) or not np.issubdtype(values.dtype, np.integer):
-            return
-        bad = values[(values < 0) | (values >= self.config.vocab_size)]
-        if bad.size:
-            raise ValueError(
-                f"{name} must be in [0, vocab_size={self.config.vocab_size}), got {bad[0]}"
-            )
-
     def get_config(self):
         return {
             **super().get_config(),
             "config": dataclasses.asdict(self.config),
             "block_class": keras.saving.get_registered_name(self.block_class),
         }
-
-    def _unpack(self, inputs):
-        """Token ids, segment ids and positions of a call, checked."""
-        if not isinstance(inputs, dict):
-            inputs = {"token_ids": inputs}
-        unknown = set(inputs) - {"token_ids", "segment_ids", "positions"}
-        if unknown or "token_ids" not in inputs:
-            raise ValueError(
-                "inputs must hold token_ids and optionally segment_ids and positions, "
-                f"got {sorted(inputs)}"
-            )
-        token_ids = inputs["token_ids"]
-        shape = tuple(token_ids.shape)
-        dtype = keras.backend.standardize_dtype(token_ids.dtype)
-        if len(shape) != 2 or "int" not in dtype:
-            raise ValueError(
-                f"token_ids must be integers of shape (B, S), got {dtype} of shape {shape}"
-            )
-        if shape[1] is not None and shape[1] > self.config.max_seq_len:
-            raise ValueError(
-                f"token_ids must be at most max_seq_len={self.config.max_seq_len} long, "
-                f"got {shape[1]}"
-            )
-        for name in ("segment_ids", "positions"):
-            if inputs.get(name) is not None and tuple(inputs[name].shape) != shape:
-                raise ValueError(
-                    f"{name} must have shape {shape} like token_ids, "
-                    f"got {tuple(inputs[name].shape)}"
-                )
-        return token_ids, inputs.get("segment_ids"), inputs.get("positions")
-
-
-def _token_ids(inputs):
-    return inputs.get("token_ids") if isinstance(inputs, dict) else inputs
 
 
 def _registered_class(name):

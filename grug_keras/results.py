@@ -33,6 +33,8 @@ def new_run_dir(root, name):
             return path
         except FileExistsError:
             continue
+        except OSError as error:
+            raise ValueError(f"out={str(root)!r} cannot hold run folders: {error}") from error
     raise FileExistsError(f"out={str(root)!r} already holds a thousand runs of this second")
 
 

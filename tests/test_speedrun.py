@@ -16,6 +16,7 @@ from grug_keras.data import load_corpus, token_stream
 from grug_keras.data.batches import TokenBatches
 from grug_keras.data.tokenizer import ByteTokenizer
 from grug_keras.generate import generate
+from grug_keras.results import new_run_dir
 from grug_keras.schedule import Trapezoid
 from grug_keras.speedrun import VALIDATION_BYTES, Recipe, Speedrun
 import keras
@@ -204,6 +205,12 @@ def test_a_run_that_fails_after_training_keeps_what_it_has(tiny_run, error, stat
         )
         == 8
     )
+
+
+def test_a_place_that_cannot_hold_runs_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="out=.*file.* cannot hold run folders"):
+        new_run_dir(tmp_path / "file" / "runs", "run")
 
 
 def test_a_script_that_cannot_be_built_reports_its_own_error(tiny_run):

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import signal
 import sys
 import time
@@ -110,8 +111,6 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if (batch + 1) % self.every == 0:
             begin = time.perf_counter()
-            if hasattr(self.model, "jax_state_sync"):  # JAX keeps the state outside the model
-                self.model.jax_state_sync()
             self.save()
             self.clock.paused += time.perf_counter() - begin
 
@@ -132,11 +131,17 @@ class StopOnInterrupt(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self._previous = signal.signal(signal.SIGINT, self._handle)
 
+    def on_train_batch_end(self, batch, logs=None):
+        if self.interrupted:
+            self.model.stop_training = True
+
     def _handle(self, number, frame):
+        # Only a flag: `self.model` makes Keras on JAX copy the state back into the model, and
+        # in the middle of a step that state is the one this step has given away.
         self.interrupted = True
-        self.model.stop_training = True
         self.restore()
-        print("\nCtrl-C: stopping after this step and saving; again to stop at once.", flush=True)
+        # `print` must not be entered again where the signal met one.
+        os.write(2, b"\nCtrl-C: stopping after this step and saving; again to stop at once.\n")
 
     def restore(self):
         """Gives Ctrl-C back; `fit` does not call `on_train_end` when it fails."""

@@ -184,6 +184,23 @@ def test_a_run_that_diverges_says_so_and_keeps_no_broken_checkpoint(tiny_run):
         assert all(np.all(np.isfinite(w)) for w in weights)
 
 
+def test_ctrl_c_inside_a_step_loses_no_weights(tiny_run):
+    class Signalling(TokenBatches):
+        def __getitem__(self, step):  # Keras on JAX fetches a batch in the middle of its step
+            if step == 3:
+                signal.raise_signal(signal.SIGINT)
+            return super().__getitem__(step)
+
+    tiny_run.train_batches = Signalling(
+        tiny_run.train_batches.tokens, bos_id=256, seq_len=16, batch_size=2, steps=8
+    )
+    status = tiny_run(Grugformer, lambda schedule: keras.optimizers.AdamW(schedule))
+    record = json.loads((tiny_run.folder / "results.json").read_text())
+    assert (status, record["status"], record["steps"]) == (130, "interrupted", 4)
+    model = keras.models.load_model(tiny_run.folder / "model.keras")
+    assert int(model.optimizer.iterations) == 4
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(MemoryError, "failed"), (KeyboardInterrupt, "interrupted")]
 )

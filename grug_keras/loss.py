@@ -9,8 +9,8 @@ def next_token_loss(hidden, lm_head, labels, weights, **options):
 
     Args:
         hidden: float tensor `(B, S, D)`, the model's last hidden states.
-        lm_head: float tensor `(D, V)`. Cast to the dtype of `hidden`, so that a mixed
-            policy multiplies in its compute dtype.
+        lm_head: `keras.Variable` or float tensor `(D, V)`, multiplied in the dtype of
+            `hidden`: the compute dtype of a mixed policy.
         labels: int tensor `(B, S)`, the token that follows each position.
         weights: float tensor `(B, S)` or `(B,)`, or None: every token counts 1.
         **options: `z_loss`, `label_smoothing`, `logit_soft_cap` of
@@ -24,7 +24,6 @@ def next_token_loss(hidden, lm_head, labels, weights, **options):
     """
     labels = keras.ops.convert_to_tensor(labels)
     weights = _token_weights(weights, labels)
-    lm_head = keras.ops.cast(lm_head, hidden.dtype)
     loss = ops.fused_linear_cross_entropy(hidden, lm_head, labels, weights=weights, **options)
     return loss, keras.ops.sum(weights)
 

@@ -1,14 +1,13 @@
-"""Fused linear cross-entropy: contract, checks, reference, and the formulas all backends share."""
+"""Fused linear cross-entropy: contract, checks, reference, choice of implementation."""
 
 import importlib
 import math
 
 from grug_keras.ops import registry
+from grug_keras.ops.chunk_loss import LossOptions, TokenStatistics, chunk_loss
 import keras
 from keras import ops
 import numpy as np
-
-CHUNK_LOGITS = 2**23  # 32 MB of float32 logits alive at a time
 
 
 def fused_linear_cross_entropy(
@@ -21,6 +20,8 @@ def fused_linear_cross_entropy(
     label_smoothing=0.0,
     logit_soft_cap=None,
     reduction="mean",
+    chunk_size=None,
+    return_statistics=False,
     implementation=None,
 ):
     """Cross-entropy of `hidden @ lm_head` against `labels`, without holding all logits.
@@ -31,7 +32,8 @@ def fused_linear_cross_entropy(
 
     Args:
         hidden: float tensor `(..., D)`.
-        lm_head: float tensor `(D, V)`.
+        lm_head: float tensor or `keras.Variable` `(D, V)`, multiplied in the dtype of
+            `hidden`. On a device mesh give the variable: its layout says how it is split.
         labels: int tensor `(...)` in `[0, V)`. An out-of-range label of non-zero weight
             raises where its value is known, and inside a compiled step gives nan.
         weights: float tensor `(...)` or None (all 1).
@@ -40,13 +42,22 @@ def fused_linear_cross_entropy(
         logit_soft_cap: float > 0 or None. Logits become `cap * tanh(logits / cap)`.
         reduction: `"mean"` (divided by the sum of the weights; 0 when that is 0),
             `"sum"`, or `"none"`.
-        implementation: str or None. None picks the best that can run here.
+        chunk_size: int or None. Tokens per chunk (`"streaming"`: columns per chunk); None
+            takes what suits the shape and the platform.
+        return_statistics: bool. Also returns a `TokenStatistics`.
+        implementation: str or None. None picks the best that can run here: `"chunked"`.
+            `"streaming"` (JAX) needs less memory when tokens are many, and a third more
+            arithmetic; `"reference"` holds all logits.
 
     Returns:
-        float32 scalar, or `(...)` for `reduction="none"`.
+        float32 scalar, or `(...)` for `reduction="none"`. With `return_statistics` a pair of
+        that and `TokenStatistics(losses, logsumexp, argmax)`, each `(...)`: losses without
+        weights, and the column of the greatest logit. They have no gradient, and are 0 where
+        the weight is 0.
 
     Raises:
         ValueError: for arguments that do not fit; the message names the argument.
+        NotImplementedError: on JAX, for a second derivative of other than `"reference"`.
 
     Example:
 
@@ -58,10 +69,11 @@ def fused_linear_cross_entropy(
     Szegedy et al., https://arxiv.org/abs/1512.00567; chunking over tokens as in Liger,
     https://arxiv.org/abs/2410.10989.
     """
-    _check_options(z_loss, label_smoothing, logit_soft_cap, reduction)
+    _check_options(z_loss, label_smoothing, logit_soft_cap, reduction, chunk_size)
     host_labels, host_weights = labels, weights
-    hidden, lm_head = ops.convert_to_tensor(hidden), ops.convert_to_tensor(lm_head)
-    labels = ops.convert_to_tensor(labels)
+    hidden, labels = ops.convert_to_tensor(hidden), ops.convert_to_tensor(labels)
+    if not isinstance(lm_head, keras.Variable):  # a variable's layout is needed on a mesh
+        lm_head = ops.convert_to_tensor(lm_head)
     if weights is None:
         weights = ops.ones_like(labels, dtype="float32")
     weights = ops.cast(weights, "float32")
@@ -69,92 +81,83 @@ def fused_linear_cross_entropy(
     _check_label_values(host_labels, host_weights, lm_head.shape[1])
     labels = ops.cast(labels, "int32")  # V itself may not fit into the labels' own dtype
 
-    D, V = lm_head.shape
     counted = weights != 0
+    valid = ops.logical_and(labels >= 0, labels < lm_head.shape[1])
+    # A compiled step cannot raise: a wrong label that counts must not look like a number.
+    weights = ops.where(ops.logical_or(valid, ops.logical_not(counted)), weights, math.nan)
     # Zeroed before any product: 0 * nan is nan, and the gradient must be 0 as well.
     hidden = ops.where(counted[..., None], hidden, ops.zeros((), dtype=hidden.dtype))
-    in_range = ops.logical_and(labels >= 0, labels < V)
-    safe_labels = ops.where(ops.logical_and(counted, in_range), labels, 0)
+    labels = ops.where(ops.logical_and(counted, valid), labels, 0)
+    if reduction == "mean":
+        weight = ops.sum(weights)
+        weights = weights / ops.where(weight == 0, 1.0, weight)
+
+    cap = None if logit_soft_cap is None else float(logit_soft_cap)
+    options = LossOptions(float(z_loss), float(label_smoothing), cap, chunk_size, return_statistics)
     run = registry.choose("fused_linear_cross_entropy", implementation)
-    losses = run(
-        ops.reshape(hidden, (-1, D)),
-        lm_head,
-        ops.reshape(safe_labels, (-1,)),
-        float(z_loss),
-        float(label_smoothing),
-        None if logit_soft_cap is None else float(logit_soft_cap),
+    flat = [ops.reshape(array, (-1,)) for array in (labels, weights)]
+    loss, statistics = run(
+        ops.reshape(hidden, (-1, hidden.shape[-1])), lm_head, *flat, options, reduction == "none"
     )
-    losses = ops.where(in_range, ops.reshape(losses, ops.shape(labels)), math.nan)
-    losses = ops.where(counted, losses * weights, 0.0)
     if reduction == "none":
-        return losses
-    total = ops.sum(losses)
-    if reduction == "sum":
-        return total
-    weight = ops.sum(weights)
-    return ops.where(weight == 0, 0.0, total / ops.where(weight == 0, 1.0, weight))
+        loss = ops.reshape(loss, ops.shape(labels))
+    return (loss, _shaped(statistics, counted)) if return_statistics else loss
 
 
-def token_losses(logits, labels, z_loss, label_smoothing, logit_soft_cap):
-    """Losses `(C,)` of one chunk of raw float32 logits `(C, V)`."""
-    logits = _soft_cap(logits, logit_soft_cap)
-    lse = ops.logsumexp(logits, axis=-1)
-    picked = ops.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-    losses = lse - (1.0 - label_smoothing) * picked
-    if label_smoothing:
-        losses = losses - label_smoothing * ops.mean(logits, axis=-1)
-    return losses + z_loss * ops.square(lse) if z_loss else losses
+def _shaped(statistics, counted):
+    """Statistics in the shape of the labels, zero where the weight is, without gradients."""
+    shaped = (ops.reshape(ops.stop_gradient(s), ops.shape(counted)) for s in statistics)
+    return TokenStatistics(*(ops.where(counted, s, ops.zeros_like(s)) for s in shaped))
 
 
-def token_loss_gradients(logits, labels, cotangent, z_loss, label_smoothing, logit_soft_cap):
-    """Gradient `(C, V)` of `sum(cotangent * token_losses(logits))` to the raw logits."""
-    V = logits.shape[-1]
-    capped = _soft_cap(logits, logit_soft_cap)
-    lse = ops.logsumexp(capped, axis=-1, keepdims=True)
-    probabilities = ops.exp(capped - lse)
-    if z_loss:
-        probabilities = probabilities * (1.0 + 2.0 * z_loss * lse)
-    onehot = ops.arange(V, dtype=labels.dtype)[None, :] == labels[:, None]
-    target = (1.0 - label_smoothing) * ops.cast(onehot, logits.dtype) + label_smoothing / V
-    gradient = cotangent[:, None] * (probabilities - target)
-    if logit_soft_cap is not None:
-        gradient = gradient * (1.0 - ops.square(capped / logit_soft_cap))
-    return gradient
+def _chunked(hidden, lm_head, labels, weights, options, per_token):
+    """Token chunks: three matrix products for a sum, four for losses of each token."""
+    backend = _backend_module()
+    if per_token:
+        statistics = backend.chunked_losses(hidden, lm_head, labels, options)
+        return weights * statistics.losses, statistics
+    return backend.chunked_total(hidden, lm_head, labels, weights, options)
 
 
-def reference_losses(hidden, lm_head, labels, z_loss, label_smoothing, logit_soft_cap):
+def _streaming(hidden, lm_head, labels, weights, options, per_token):
+    """Vocabulary chunks: four matrix products, and the least memory."""
+    statistics = _backend_module().streaming_losses(hidden, lm_head, labels, options)
+    return _weighted(statistics, weights, per_token)
+
+
+def _reference(hidden, lm_head, labels, weights, options, per_token):
     """The definition, with all `(T, V)` logits in memory and the backend's own gradient."""
-    logits = ops.matmul(ops.cast(hidden, "float32"), ops.cast(lm_head, "float32"))
-    return token_losses(logits, labels, z_loss, label_smoothing, logit_soft_cap)
+    kernel = ops.cast(ops.convert_to_tensor(lm_head), hidden.dtype)
+    logits = ops.matmul(ops.cast(hidden, "float32"), ops.cast(kernel, "float32"))
+    statistics, _ = chunk_loss(logits, labels, None, options)
+    return _weighted(statistics, weights, per_token)
 
 
-def chunked_losses(*args):
-    """Token chunks: logits of one chunk at a time, recomputed for the gradient."""
-    module = importlib.import_module(f"grug_keras.ops.{keras.config.backend()}.cross_entropy")
-    return module.chunked_losses(*args)
+def _weighted(statistics, weights, per_token):
+    losses = weights * statistics.losses
+    return (losses if per_token else ops.sum(losses)), statistics
 
 
-def chunk_size(num_tokens, vocab_size):
-    """Tokens per chunk: about `CHUNK_LOGITS` logits, never more tokens than there are."""
-    fit = 2 ** int(math.log2(max(1, CHUNK_LOGITS // vocab_size)))
-    return fit if num_tokens is None else min(num_tokens, fit)
+def _backend_module():
+    return importlib.import_module(f"grug_keras.ops.{keras.config.backend()}.cross_entropy")
 
 
-def _has_chunked():
-    backend = keras.config.backend()
-    known = ("jax", "tensorflow", "torch")
-    return None if backend in known else f"it is written for {known}, this is {backend}"
+def _only_on(*backends):
+    def probe():
+        backend = keras.config.backend()
+        return None if backend in backends else f"it is written for {backends}, this is {backend}"
+
+    return probe
 
 
-registry.register("fused_linear_cross_entropy", "chunked", chunked_losses, _has_chunked)
-registry.register("fused_linear_cross_entropy", "reference", reference_losses)
+registry.register(
+    "fused_linear_cross_entropy", "chunked", _chunked, _only_on("jax", "tensorflow", "torch")
+)
+registry.register("fused_linear_cross_entropy", "streaming", _streaming, _only_on("jax"))
+registry.register("fused_linear_cross_entropy", "reference", _reference)
 
 
-def _soft_cap(logits, cap):
-    return logits if cap is None else cap * ops.tanh(logits / cap)
-
-
-def _check_options(z_loss, label_smoothing, logit_soft_cap, reduction):
+def _check_options(z_loss, label_smoothing, logit_soft_cap, reduction, chunk_size):
     if not z_loss >= 0:
         raise ValueError(f"z_loss must be at least 0, got {z_loss}")
     if not 0 <= label_smoothing < 1:
@@ -163,6 +166,8 @@ def _check_options(z_loss, label_smoothing, logit_soft_cap, reduction):
         raise ValueError(f"logit_soft_cap must be positive or None, got {logit_soft_cap}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}")
 
 
 def _check_label_values(labels, weights, vocab_size):

@@ -35,6 +35,31 @@ def value_and_gradients(function, *arrays, compiled=False):
     return to_numpy(value), [to_numpy(keras.ops.cast(g, "float32")) for g in gradients]
 
 
+def second_derivative(function, array):
+    """Asks for the derivative of a derivative of `function(tensor)`, a scalar."""
+    backend = keras.config.backend()
+    if backend == "jax":
+        import jax
+
+        return jax.grad(lambda x: jax.grad(function)(x).sum())(jax.numpy.asarray(array))
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        x = tf.constant(array)
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                value = function(x)
+            first = tf.reduce_sum(inner.gradient(value, x))
+        return outer.gradient(first, x)
+    import torch
+
+    x = torch.tensor(array, requires_grad=True)
+    (first,) = torch.autograd.grad(function(x), x, create_graph=True)
+    return torch.autograd.grad(first.sum(), x)
+
+
 def numeric_gradients(function, *arrays, step=1e-5):
     """Central differences of a float64 NumPy function, one entry at a time."""
     arrays = [np.asarray(a, dtype=np.float64) for a in arrays]

@@ -1,75 +1,115 @@
-"""Linear cross-entropy on TensorFlow: a loop over token chunks with a custom gradient."""
+"""Linear cross-entropy on TensorFlow: a loop over token chunks, gradients in the forward pass."""
 
-from grug_keras.ops.cross_entropy import chunk_size, token_loss_gradients, token_losses
+from grug_keras.ops.chunk_loss import TokenStatistics, chunk_loss, chunk_tokens
+from keras import ops
 import tensorflow as tf
+from tensorflow.python.eager import record  # nothing public tells whether a tape watches
+
+CHUNK_LOGITS = {"CPU": 2**24, "GPU": 2**29}
 
 
-def chunked_losses(hidden, lm_head, labels, z_loss, label_smoothing, logit_soft_cap):
-    """Losses `(T,)` from hidden `(T, D)`, lm_head `(D, V)`, labels `(T,)`."""
-    options = (z_loss, label_smoothing, logit_soft_cap)
+def chunked_total(hidden, lm_head, labels, weights, options):
+    """Weighted sum of the losses, and `TokenStatistics`; gradients in the forward pass.
+
+    Where no tape watches (evaluation) there is only a forward pass.
+    """
+    lm_head = ops.convert_to_tensor(lm_head)
+    if not record.should_record_backprop([hidden, lm_head, weights]):
+        statistics = chunked_losses(hidden, lm_head, labels, options)
+        return tf.reduce_sum(weights * statistics.losses), statistics
+
+    @tf.custom_gradient
+    def total_with_gradient(hidden, lm_head, weights):
+        statistics, d_hidden, d_head = _loop(hidden, lm_head, labels, weights, options)
+
+        def gradient(cotangent, *_):
+            gradients = (_scale(d_hidden, cotangent, hidden), _scale(d_head, cotangent, lm_head))
+            return *_once_differentiable(*gradients), cotangent * statistics.losses
+
+        return (tf.reduce_sum(weights * statistics.losses), *statistics), gradient
+
+    total, *statistics = total_with_gradient(hidden, lm_head, weights)
+    return total, TokenStatistics(*statistics)
+
+
+def chunked_losses(hidden, lm_head, labels, options):
+    """`TokenStatistics`; the losses may have any cotangent, for one product more."""
 
     @tf.custom_gradient
     def losses_with_gradient(hidden, lm_head):
-        def gradient(cotangent):
-            return _gradients(hidden, lm_head, labels, cotangent, options)
+        statistics, _, _ = _loop(hidden, lm_head, labels, None, options)
 
-        return _losses(hidden, lm_head, labels, options), gradient
+        def gradient(cotangent, *_):
+            _, d_hidden, d_head = _loop(hidden, lm_head, labels, cotangent, options)
+            gradients = (tf.cast(d_hidden, hidden.dtype), tf.cast(d_head, lm_head.dtype))
+            return _once_differentiable(*gradients)
 
-    return losses_with_gradient(hidden, lm_head)
+        return tuple(statistics), gradient
+
+    return TokenStatistics(*losses_with_gradient(hidden, ops.convert_to_tensor(lm_head)))
 
 
-def _losses(hidden, lm_head, labels, options):
-    kernel = tf.cast(lm_head, tf.float32)
+def _loop(hidden, lm_head, labels, weights, options):
+    """Statistics of all tokens, and with weights the float32 gradients of their weighted sum."""
+    kernel = tf.cast(tf.cast(lm_head, hidden.dtype), tf.float32)
+    size = options.chunk_size or _chunk_tokens(hidden, kernel)
+    given = (hidden, labels) if weights is None else (hidden, labels, weights)
+    chunks = [_stack(array, size) for array in given]
+    count = tf.shape(chunks[0])[0]
+    dtypes = (tf.float32, tf.float32, tf.int32) + (() if weights is None else (tf.float32,))
+    outputs = tuple(tf.TensorArray(dtype, size=count) for dtype in dtypes)
+    d_head = tf.zeros(() if weights is None else tf.shape(kernel), tf.float32)
 
-    def one_chunk(chunk):
-        rows, targets = chunk
-        return token_losses(tf.matmul(tf.cast(rows, tf.float32), kernel), targets, *options)
+    def one_chunk(i, d_head, outputs):
+        rows, chunk_labels, *chunk_weights = (chunk[i] for chunk in chunks)
+        rows = tf.cast(rows, tf.float32)
+        statistics, d_logits = chunk_loss(
+            tf.matmul(rows, kernel), chunk_labels, *(chunk_weights or (None,)), options
+        )
+        found = tuple(statistics)
+        if chunk_weights:
+            found += (tf.matmul(d_logits, kernel, transpose_b=True),)
+            d_head += tf.matmul(rows, d_logits, transpose_a=True)
+        outputs = tuple(array.write(i, part) for array, part in zip(outputs, found, strict=True))
+        return i + 1, d_head, outputs
 
     # One chunk at a time: parallel iterations would each hold their logits.
-    losses = tf.map_fn(
-        one_chunk,
-        _split((hidden, labels), lm_head.shape[1]),
-        fn_output_signature=tf.float32,
-        parallel_iterations=1,
+    _, d_head, outputs = tf.while_loop(
+        lambda i, *_: i < count, one_chunk, (0, d_head, outputs), parallel_iterations=1
     )
-    return tf.reshape(losses, [-1])[: tf.shape(hidden)[0]]
+    num_tokens = tf.shape(hidden)[0]
+    trailing = ((), (), (), (hidden.shape[1],))
+    outputs = [
+        tf.reshape(array.stack(), (-1, *shape))[:num_tokens]
+        for array, shape in zip(outputs, trailing, strict=False)
+    ]
+    d_hidden = None if weights is None else outputs[3]
+    return TokenStatistics(*outputs[:3]), d_hidden, d_head
 
 
-def _gradients(hidden, lm_head, labels, cotangent, options):
-    kernel = tf.cast(lm_head, tf.float32)
-    hidden_chunks, label_chunks, cotangent_chunks = _split(
-        (hidden, labels, cotangent), lm_head.shape[1]
-    )
-    num_chunks = tf.shape(hidden_chunks)[0]
+def _chunk_tokens(hidden, kernel):
+    device = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+    return chunk_tokens(hidden.shape[0], kernel.shape[1], CHUNK_LOGITS[device])
 
-    def one_chunk(i, d_hidden, d_head):
-        rows = tf.cast(hidden_chunks[i], tf.float32)
-        d_logits = token_loss_gradients(
-            tf.matmul(rows, kernel), label_chunks[i], cotangent_chunks[i], *options
+
+def _stack(array, size):
+    """Pads `(T, ...)` with zeros and stacks its chunks: `(T / C, C, ...)`."""
+    trailing = array.shape[1:]
+    padding = -tf.shape(array)[0] % size
+    array = tf.pad(array, [[0, padding]] + [[0, 0]] * len(trailing))
+    return tf.reshape(array, [-1, size, *trailing])
+
+
+def _scale(gradient, cotangent, like):
+    return tf.cast(cotangent * gradient, like.dtype)
+
+
+@tf.custom_gradient
+def _once_differentiable(*gradients):
+    def refuse(*_):
+        raise NotImplementedError(
+            "fused_linear_cross_entropy can be differentiated once; "
+            "implementation='reference' has further derivatives"
         )
-        d_rows = tf.cast(tf.matmul(d_logits, kernel, transpose_b=True), hidden.dtype)
-        d_head += tf.matmul(rows, d_logits, transpose_a=True)
-        return i + 1, d_hidden.write(i, d_rows), d_head
 
-    _, d_hidden, d_head = tf.while_loop(
-        lambda i, *_: i < num_chunks,
-        one_chunk,
-        (0, tf.TensorArray(hidden.dtype, size=num_chunks), tf.zeros_like(kernel)),
-        parallel_iterations=1,
-    )
-    d_hidden = tf.reshape(d_hidden.stack(), [-1, hidden.shape[1]])[: tf.shape(hidden)[0]]
-    return d_hidden, tf.cast(d_head, lm_head.dtype)
-
-
-def _split(arrays, vocab_size):
-    """Pads `(T, ...)` tensors with zeros and stacks their chunks: `(T / C, C, ...)`."""
-    num_tokens = tf.shape(arrays[0])[0]
-    size = max(1, chunk_size(arrays[0].shape[0], vocab_size))
-    padding = -num_tokens % size
-
-    def stack(array):
-        trailing = array.shape[1:]
-        array = tf.pad(array, [[0, padding]] + [[0, 0]] * len(trailing))
-        return tf.reshape(array, [-1, size, *trailing])
-
-    return tuple(stack(array) for array in arrays)
+    return gradients, refuse

@@ -1,43 +1,125 @@
-"""Linear cross-entropy on PyTorch: a loop over token chunks with a custom gradient."""
+"""Linear cross-entropy on PyTorch: a loop over token chunks, gradients in the forward pass."""
 
-from grug_keras.ops.cross_entropy import chunk_size, token_loss_gradients, token_losses
+from grug_keras.ops.chunk_loss import TokenStatistics, chunk_loss, chunk_tokens
+from keras import ops
 import torch
 
-
-def chunked_losses(hidden, lm_head, labels, z_loss, label_smoothing, logit_soft_cap):
-    """Losses `(T,)` from hidden `(T, D)`, lm_head `(D, V)`, labels `(T,)`."""
-    options = (z_loss, label_smoothing, logit_soft_cap)
-    return _ChunkedLosses.apply(hidden, lm_head, labels, options)
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**29}
+_DTYPES = (torch.float32, torch.float32, torch.int32)
 
 
-class _ChunkedLosses(torch.autograd.Function):
+def chunked_total(hidden, lm_head, labels, weights, options):
+    """Weighted sum of the losses, and `TokenStatistics`; gradients in the forward pass."""
+    lm_head = ops.convert_to_tensor(lm_head)
+    inputs = (hidden, lm_head, weights)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        total, *statistics = _Total.apply(hidden, lm_head, labels, weights, options)
+        return total, TokenStatistics(*statistics)
+    statistics, _, _ = _loop(hidden, lm_head, labels, None, options)
+    return torch.sum(weights * statistics.losses), statistics
+
+
+def chunked_losses(hidden, lm_head, labels, options):
+    """`TokenStatistics`; the losses may have any cotangent, for one product more."""
+    lm_head = ops.convert_to_tensor(lm_head)
+    return TokenStatistics(*_Losses.apply(hidden, lm_head, labels, options))
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, lm_head, labels, weights, options):
+        statistics, d_hidden, d_head = _loop(
+            hidden, lm_head, labels, weights, options, wanted=ctx.needs_input_grad[:2]
+        )
+        ctx.save_for_backward(d_hidden, d_head, statistics.losses, hidden, lm_head)
+        ctx.mark_non_differentiable(*statistics)
+        return torch.sum(weights * statistics.losses), *statistics
+
+    @staticmethod
+    def backward(ctx, cotangent, *_):
+        d_hidden, d_head, losses, *sources = ctx.saved_tensors
+        gradients = [None if d is None else cotangent * d for d in (d_hidden, d_head)]
+        return *_finish(gradients, sources), None, cotangent * losses, None
+
+
+class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, lm_head, labels, options):
+        statistics, _, _ = _loop(hidden, lm_head, labels, None, options)
         ctx.save_for_backward(hidden, lm_head, labels)
+        ctx.mark_non_differentiable(*statistics[1:])
         ctx.options = options
-        kernel = lm_head.float()
-        losses = [
-            token_losses(hidden[rows].float() @ kernel, labels[rows], *options)
-            for rows in _chunks(hidden, lm_head)
-        ]
-        return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+        return tuple(statistics)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, cotangent):
+    def backward(ctx, cotangent, *_):
         hidden, lm_head, labels = ctx.saved_tensors
-        kernel = lm_head.float()
-        d_hidden = torch.empty_like(hidden)
-        d_head = torch.zeros_like(kernel)
-        for rows in _chunks(hidden, lm_head):
-            x = hidden[rows].float()
-            d_logits = token_loss_gradients(x @ kernel, labels[rows], cotangent[rows], *ctx.options)
-            d_hidden[rows] = (d_logits @ kernel.T).to(hidden.dtype)
-            d_head.addmm_(x.T, d_logits)
-        return d_hidden, d_head.to(lm_head.dtype), None, None
+        with torch.no_grad():
+            _, *gradients = _loop(
+                hidden, lm_head, labels, cotangent, ctx.options, wanted=ctx.needs_input_grad[:2]
+            )
+        return *_finish(gradients, (hidden, lm_head)), None, None
 
 
-def _chunks(hidden, lm_head):
-    num_tokens = hidden.shape[0]
-    size = max(1, chunk_size(num_tokens, lm_head.shape[1]))
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient that cannot be differentiated; without it, it would count as a constant."""
+
+    @staticmethod
+    def forward(ctx, gradient, source):
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "fused_linear_cross_entropy can be differentiated once; "
+            "implementation='reference' has further derivatives"
+        )
+
+
+def _finish(gradients, sources):
+    """Gradients in the dtype of what they belong to."""
+    pairs = zip(gradients, sources, strict=True)
+    gradients = [None if g is None else g.to(source.dtype) for g, source in pairs]
+    if not torch.is_grad_enabled():  # no `create_graph`
+        return gradients
+    pairs = zip(gradients, sources, strict=True)
+    return [None if g is None else _OnceDifferentiable.apply(g, source) for g, source in pairs]
+
+
+def _loop(hidden, lm_head, labels, weights, options, wanted=(False, False)):
+    """Statistics of all tokens, and the wanted gradients of `sum(weights * losses)`."""
+    lm_head = lm_head.to(hidden.dtype)
+    # Only a GPU multiplies bfloat16 into float32; elsewhere the operands are widened.
+    mixed = hidden.dtype == torch.bfloat16 and hidden.is_cuda
+    kernel = lm_head if mixed else lm_head.float()
+    # float16 would lose the small gradients of a mean before a loss scale can save them.
+    narrow = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
+    d_hidden = torch.empty_like(hidden, dtype=narrow) if wanted[0] else None
+    d_head = torch.zeros_like(kernel, dtype=torch.float32) if wanted[1] else None
+    found = []
+    for chunk in _chunks(hidden, kernel, options):
+        rows = hidden[chunk] if mixed else hidden[chunk].float()
+        chunk_weights = None if weights is None else weights[chunk]
+        logits = _product(rows, kernel)
+        statistics, d_logits = chunk_loss(logits, labels[chunk], chunk_weights, options)
+        del logits
+        found.append(statistics)
+        if wanted[0]:
+            d_hidden[chunk] = _product(d_logits.to(rows.dtype), kernel.T)
+        if wanted[1] and mixed:
+            d_head += _product(rows.T, d_logits.to(rows.dtype))
+        elif wanted[1]:
+            d_head.addmm_(rows.T, d_logits)
+    empty = TokenStatistics(*(torch.empty(0, dtype=t, device=hidden.device) for t in _DTYPES))
+    statistics = TokenStatistics(*map(torch.cat, zip(empty, *found, strict=True)))
+    return statistics, d_hidden, d_head
+
+
+def _product(a, b):
+    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _chunks(hidden, kernel, options):
+    num_tokens, chunk_logits = hidden.shape[0], CHUNK_LOGITS.get(hidden.device.type, 2**24)
+    size = options.chunk_size or chunk_tokens(num_tokens, kernel.shape[1], chunk_logits)
     return [slice(start, start + size) for start in range(0, num_tokens, size)]

@@ -10,6 +10,8 @@ BACKEND_WAS_CHOSEN = "KERAS_BACKEND" in os.environ
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
+# One process may hold libtpu: it must be the one that compiles for TPUs.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import grug_keras  # noqa: E402
 import keras  # noqa: E402

@@ -10,11 +10,11 @@ import re
 
 os.environ.update(KERAS_BACKEND="jax", JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu")
 
-from grug_keras import ops  # noqa: E402
-import jax  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
+from grug_keras import ops
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+import keras
+import numpy as np
 
 LAYOUTS = {  # mesh shape over ("data", "model"), layout of the head (D, V)
     "data parallel": ((8, 1), (None, None)),

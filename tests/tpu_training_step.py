@@ -1,0 +1,70 @@
+"""Compiles a whole training step for every TPU kind; for test_fused_loss_jax.py: prints JSON.
+
+{kind: {implementation: [elements of the largest buffer, tokens x vocabulary]}}
+"""
+
+import json
+import os
+
+os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
+
+from grug_keras import GrugConfig, Grugformer, tpu
+from grug_keras.loss import next_token_loss
+import jax
+import jax.numpy as jnp
+import keras
+
+BATCH, SEQ_LEN, VOCAB = 16, 128, 50_000
+CONFIG = GrugConfig(
+    vocab_size=VOCAB,
+    hidden_dim=128,
+    intermediate_dim=256,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    max_seq_len=SEQ_LEN,
+)
+
+
+class WithImplementation(Grugformer):
+    implementation = None
+
+    def token_mean_loss(self, hidden, labels, weights):
+        return next_token_loss(
+            hidden, self.lm_head.kernel, labels, weights, implementation=self.implementation
+        )
+
+
+def largest_buffer(kind, implementation):
+    """Of the step that `fit` compiles: model, loss, gradients, optimizer and metrics."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = WithImplementation(CONFIG)
+    model.implementation = implementation
+    model.compile(keras.optimizers.AdamW(1e-3))
+    ids = jax.ShapeDtypeStruct((BATCH, SEQ_LEN), jnp.int32)
+    weights = jax.ShapeDtypeStruct((BATCH, SEQ_LEN), jnp.float32)
+    model.build((BATCH, SEQ_LEN))
+    model.optimizer.build(model.trainable_variables)
+    groups = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+    state = jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype),
+        tuple([v.value for v in group] for group in groups),
+    )
+    data = ({"token_ids": ids, "segment_ids": ids}, ids, weights)
+    compiled = tpu.compile_for(model.train_step, (state, data), kind)
+    return tpu.largest_buffer(compiled.as_text())[0]
+
+
+def main():
+    report = {kind: {"chunked": largest_buffer(kind, "chunked")} for kind in tpu.TOPOLOGIES}
+    report["v5p"]["reference"] = largest_buffer("v5p", "reference")
+    print(json.dumps({"tokens x vocabulary": BATCH * SEQ_LEN * VOCAB, "kinds": report}))
+
+
+if __name__ == "__main__":
+    main()

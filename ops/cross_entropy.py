@@ -9,6 +9,13 @@ import keras
 from keras import ops
 import numpy as np
 
+BACKENDS = ("jax", "tensorflow", "torch")
+if keras.config.backend() in BACKENDS:  # now: torch.compile does not trace an import
+    native = importlib.import_module(f"grug_keras.ops.{keras.config.backend()}.cross_entropy")
+
+# A tuple, not a union: torch.compile reads the one and not the other.
+_HOST_ARRAYS = (np.ndarray, list, tuple)
+
 
 def fused_linear_cross_entropy(
     hidden,
@@ -112,16 +119,15 @@ def _shaped(statistics, counted):
 
 def _chunked(hidden, lm_head, labels, weights, options, per_token):
     """Token chunks: three matrix products for a sum, four for losses of each token."""
-    backend = _backend_module()
     if per_token:
-        statistics = backend.chunked_losses(hidden, lm_head, labels, options)
+        statistics = native.chunked_losses(hidden, lm_head, labels, options)
         return weights * statistics.losses, statistics
-    return backend.chunked_total(hidden, lm_head, labels, weights, options)
+    return native.chunked_total(hidden, lm_head, labels, weights, options)
 
 
 def _streaming(hidden, lm_head, labels, weights, options, per_token):
     """Vocabulary chunks: four matrix products, and the least memory."""
-    statistics = _backend_module().streaming_losses(hidden, lm_head, labels, options)
+    statistics = native.streaming_losses(hidden, lm_head, labels, options)
     return _weighted(statistics, weights, per_token)
 
 
@@ -138,10 +144,6 @@ def _weighted(statistics, weights, per_token):
     return (losses if per_token else ops.sum(losses)), statistics
 
 
-def _backend_module():
-    return importlib.import_module(f"grug_keras.ops.{keras.config.backend()}.cross_entropy")
-
-
 def _only_on(*backends):
     def probe():
         backend = keras.config.backend()
@@ -150,9 +152,7 @@ def _only_on(*backends):
     return probe
 
 
-registry.register(
-    "fused_linear_cross_entropy", "chunked", _chunked, _only_on("jax", "tensorflow", "torch")
-)
+registry.register("fused_linear_cross_entropy", "chunked", _chunked, _only_on(*BACKENDS))
 registry.register("fused_linear_cross_entropy", "streaming", _streaming, _only_on("jax"))
 registry.register("fused_linear_cross_entropy", "reference", _reference)
 
@@ -172,10 +172,10 @@ def _check_options(z_loss, label_smoothing, logit_soft_cap, reduction, chunk_siz
 
 def _check_label_values(labels, weights, vocab_size):
     """Host arrays are checked now; a compiled step cannot raise, so there the loss is nan."""
-    if not isinstance(labels, np.ndarray | list | tuple):
+    if not isinstance(labels, _HOST_ARRAYS):
         return
     values = np.asarray(labels)
-    if isinstance(weights, np.ndarray | list | tuple):
+    if isinstance(weights, _HOST_ARRAYS):
         weights = np.broadcast_to(np.asarray(weights) != 0, values.shape)
         values = values[weights]
     elif weights is not None:

@@ -378,3 +378,21 @@ def test_a_second_derivative_is_refused(rng):
                 lambda h, r=reduction: keras.ops.sum(fused(h, lm_head, labels, reduction=r)),
                 hidden,
             )
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="torch.compile")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_torch_compile_traces_the_whole_loss(reduction, rng):
+    import torch
+
+    hidden, lm_head, labels, weights = (torch.tensor(a) for a in batch(rng))
+    hidden.requires_grad_(), lm_head.requires_grad_()
+
+    def loss(hidden, lm_head):
+        return fused(hidden, lm_head, labels, weights=weights, reduction=reduction).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    want = torch.autograd.grad(loss(hidden, lm_head), (hidden, lm_head))
+    got = torch.autograd.grad(compiled(hidden, lm_head), (hidden, lm_head))
+    for a, b in zip(got, want, strict=True):
+        assert oracle.relative_error(to_numpy(a), to_numpy(b)) < 1e-6

@@ -1,6 +1,14 @@
 """Linear cross-entropy on TensorFlow: a loop over token chunks, gradients in the forward pass."""
 
-from grug_keras.ops.chunk_loss import TokenStatistics, chunk_loss, chunk_tokens
+import itertools
+
+from grug_keras.ops.chunk_loss import (
+    TokenStatistics,
+    argmax_of,
+    at_labels,
+    chunk_loss,
+    chunk_tokens,
+)
 from keras import ops
 import tensorflow as tf
 from tensorflow.python.eager import record  # nothing public tells whether a tape watches
@@ -13,7 +21,7 @@ def chunked_total(hidden, lm_head, labels, weights, options):
 
     Where no tape watches (evaluation) there is only a forward pass.
     """
-    lm_head = ops.convert_to_tensor(lm_head)
+    lm_head = _tensor(lm_head)
     if not record.should_record_backprop([hidden, lm_head, weights]):
         statistics = chunked_losses(hidden, lm_head, labels, options)
         return tf.reduce_sum(weights * statistics.losses), statistics
@@ -46,7 +54,7 @@ def chunked_losses(hidden, lm_head, labels, options):
 
         return tuple(statistics), gradient
 
-    return TokenStatistics(*losses_with_gradient(hidden, ops.convert_to_tensor(lm_head)))
+    return TokenStatistics(*losses_with_gradient(hidden, _tensor(lm_head)))
 
 
 def _loop(hidden, lm_head, labels, weights, options):
@@ -58,24 +66,31 @@ def _loop(hidden, lm_head, labels, weights, options):
     count = tf.shape(chunks[0])[0]
     dtypes = (tf.float32, tf.float32, tf.int32) + (() if weights is None else (tf.float32,))
     outputs = tuple(tf.TensorArray(dtype, size=count) for dtype in dtypes)
-    d_head = tf.zeros(() if weights is None else tf.shape(kernel), tf.float32)
+    # Nothing adds in place here, so the head's gradient is summed in slabs of columns: only
+    # one of them exists twice.
+    slabs = () if weights is None else _slabs(kernel.shape[1])
+    d_slabs = tuple(tf.zeros((kernel.shape[0], stop - start)) for start, stop in slabs)
 
-    def one_chunk(i, d_head, outputs):
+    def one_chunk(i, d_slabs, outputs):
         rows, chunk_labels, *chunk_weights = (chunk[i] for chunk in chunks)
         rows = tf.cast(rows, tf.float32)
-        statistics, d_logits = chunk_loss(
+        statistics, d_logits, scale = _chunk_loss(
             tf.matmul(rows, kernel), chunk_labels, *(chunk_weights or (None,)), options
         )
         found = tuple(statistics)
         if chunk_weights:
-            found += (tf.matmul(d_logits, kernel, transpose_b=True),)
-            d_head += tf.matmul(rows, d_logits, transpose_a=True)
+            found += (scale * tf.matmul(d_logits, kernel, transpose_b=True),)
+            rows = scale * rows
+            d_slabs = tuple(
+                slab + tf.matmul(rows, d_logits[:, start:stop], transpose_a=True)
+                for slab, (start, stop) in zip(d_slabs, slabs, strict=True)
+            )
         outputs = tuple(array.write(i, part) for array, part in zip(outputs, found, strict=True))
-        return i + 1, d_head, outputs
+        return i + 1, d_slabs, outputs
 
     # One chunk at a time: parallel iterations would each hold their logits.
-    _, d_head, outputs = tf.while_loop(
-        lambda i, *_: i < count, one_chunk, (0, d_head, outputs), parallel_iterations=1
+    _, d_slabs, outputs = tf.while_loop(
+        lambda i, *_: i < count, one_chunk, (0, d_slabs, outputs), parallel_iterations=1
     )
     num_tokens = tf.shape(hidden)[0]
     trailing = ((), (), (), (hidden.shape[1],))
@@ -83,8 +98,29 @@ def _loop(hidden, lm_head, labels, weights, options):
         tf.reshape(array.stack(), (-1, *shape))[:num_tokens]
         for array, shape in zip(outputs, trailing, strict=False)
     ]
-    d_hidden = None if weights is None else outputs[3]
-    return TokenStatistics(*outputs[:3]), d_hidden, d_head
+    if weights is None:
+        return TokenStatistics(*outputs), None, None
+    return TokenStatistics(*outputs[:3]), outputs[3], tf.concat(d_slabs, axis=1)
+
+
+def _chunk_loss(logits, labels, weights, options):
+    """`chunk_loss` with its gradient as two factors: `(C, V)`, and one number `(C, 1)` a row."""
+    if options.z_loss or options.label_smoothing or options.logit_soft_cap is not None:
+        statistics, gradient = chunk_loss(logits, labels, weights, options)
+        return statistics, gradient, 1.0
+    # TensorFlow's own kernel makes loss and gradient of the plain case in one go.
+    losses, gradient = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(
+        features=logits, labels=labels
+    )
+    statistics = TokenStatistics(
+        losses, losses + at_labels(logits, labels), argmax_of(logits, options)
+    )
+    return statistics, gradient, None if weights is None else weights[:, None]
+
+
+def _slabs(num_columns, count=8):
+    bounds = [num_columns * i // count for i in range(count + 1)]
+    return tuple(pair for pair in itertools.pairwise(bounds) if pair[0] < pair[1])
 
 
 def _chunk_tokens(hidden, kernel):
@@ -98,6 +134,11 @@ def _stack(array, size):
     padding = -tf.shape(array)[0] % size
     array = tf.pad(array, [[0, padding]] + [[0, 0]] * len(trailing))
     return tf.reshape(array, [-1, size, *trailing])
+
+
+def _tensor(lm_head):
+    """From a Keras variable too; of one, Keras makes a `tf.Variable`."""
+    return tf.convert_to_tensor(ops.convert_to_tensor(lm_head))
 
 
 def _scale(gradient, cotangent, like):

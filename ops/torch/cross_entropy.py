@@ -1,10 +1,10 @@
 """Linear cross-entropy on PyTorch: a loop over token chunks, gradients in the forward pass."""
 
-from grug_keras.ops.chunk_loss import TokenStatistics, chunk_loss, chunk_tokens
+from grug_keras.ops.chunk_loss import TokenStatistics, chunk_tokens, losses_from
 from keras import ops
 import torch
 
-CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**29}
+CHUNK_LOGITS = {"cpu": 24_000_000, "cuda": 2**29}
 _DTYPES = (torch.float32, torch.float32, torch.int32)
 
 
@@ -96,30 +96,56 @@ def _loop(hidden, lm_head, labels, weights, options, wanted=(False, False)):
     narrow = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
     d_hidden = torch.empty_like(hidden, dtype=narrow) if wanted[0] else None
     d_head = torch.zeros_like(kernel, dtype=torch.float32) if wanted[1] else None
-    found = []
-    for chunk in _chunks(hidden, kernel, options):
+    size = _chunk_tokens(hidden, kernel, options)
+    # One buffer for the logits of every chunk: fresh pages cost as much as the arithmetic.
+    buffer = torch.empty((size, kernel.shape[1]), dtype=torch.float32, device=hidden.device)
+    found = [TokenStatistics(*(torch.empty(0, dtype=t, device=hidden.device) for t in _DTYPES))]
+    for start in range(0, hidden.shape[0], size):
+        chunk = slice(start, start + size)
         rows = hidden[chunk] if mixed else hidden[chunk].float()
+        logits = _product(rows, kernel, out=buffer[: rows.shape[0]])
         chunk_weights = None if weights is None else weights[chunk]
-        logits = _product(rows, kernel)
-        statistics, d_logits = chunk_loss(logits, labels[chunk], chunk_weights, options)
-        del logits
-        found.append(statistics)
+        found.append(_to_gradient(logits, labels[chunk].long(), chunk_weights, options))
         if wanted[0]:
-            d_hidden[chunk] = _product(d_logits.to(rows.dtype), kernel.T)
+            d_hidden[chunk] = _product(logits.to(rows.dtype), kernel.T)
         if wanted[1] and mixed:
-            d_head += _product(rows.T, d_logits.to(rows.dtype))
+            d_head += _product(rows.T, logits.to(rows.dtype))
         elif wanted[1]:
-            d_head.addmm_(rows.T, d_logits)
-    empty = TokenStatistics(*(torch.empty(0, dtype=t, device=hidden.device) for t in _DTYPES))
-    statistics = TokenStatistics(*map(torch.cat, zip(empty, *found, strict=True)))
-    return statistics, d_hidden, d_head
+            d_head.addmm_(rows.T, logits)
+    return TokenStatistics(*map(torch.cat, zip(*found, strict=True))), d_hidden, d_head
 
 
-def _product(a, b):
-    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+def _to_gradient(logits, labels, weights, options):
+    """`chunk_loss` in place: statistics, and with weights the logits become their gradient."""
+    cap, smoothing, z_loss = options.logit_soft_cap, options.label_smoothing, options.z_loss
+    slope = None
+    if cap is not None:
+        logits.div_(cap).tanh_()
+        slope = None if weights is None else 1.0 - logits**2
+        logits.mul_(cap)
+    top = logits.amax(dim=1)
+    picked = logits.gather(1, labels[:, None])[:, 0]
+    mean = logits.mean(dim=1) if smoothing else None
+    best = logits.argmax(dim=1) if options.with_argmax else torch.zeros_like(labels)
+    normaliser = logits.sub_(top[:, None]).exp_().sum(dim=1)
+    logsumexp = normaliser.log() + top
+    losses = losses_from(logsumexp, picked, mean, options)
+    if weights is not None:
+        logits.mul_((weights * (1.0 + 2.0 * z_loss * logsumexp) / normaliser)[:, None])
+        logits.scatter_add_(1, labels[:, None], ((smoothing - 1.0) * weights)[:, None])
+        if smoothing:
+            logits.sub_((smoothing / logits.shape[1] * weights)[:, None])
+        if slope is not None:
+            logits.mul_(slope)
+    return TokenStatistics(losses, logsumexp, best.to(torch.int32))
 
 
-def _chunks(hidden, kernel, options):
+def _product(a, b, out=None):
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _chunk_tokens(hidden, kernel, options):
     num_tokens, chunk_logits = hidden.shape[0], CHUNK_LOGITS.get(hidden.device.type, 2**24)
-    size = options.chunk_size or chunk_tokens(num_tokens, kernel.shape[1], chunk_logits)
-    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+    return options.chunk_size or chunk_tokens(num_tokens, kernel.shape[1], chunk_logits)

@@ -1,0 +1,322 @@
+"""Fused linear cross-entropy beside what else there is: time, temporary memory, error.
+
+    python benchmarks/cross_entropy.py [--json cross_entropy.json] [--backends jax,torch]
+
+Every backend has a process of its own, in which the candidates take turns; times are medians,
+and ratios are medians of pairs of one turn, ours over the materialised logits of that backend.
+Memory: XLA's plan on JAX, growth of the peak resident set in a fresh process elsewhere, both
+without the results (the loss, d_hidden and d_head); its ratio leaves one float32 gradient of
+the head aside, which a sum over chunks needs beside the result. Errors: relative L2 to float64.
+Liger's and Cut Cross-Entropy's kernels need a CUDA GPU, Tokamax its package: where they are
+missing the table says so. The numbers are in docs/cross_entropy.md.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import click
+import numpy as np
+
+BACKENDS = ("jax", "torch", "tensorflow")
+ABSENT = {
+    "jax": {"Tokamax": "tokamax"},
+    "torch": {"Liger": "liger_kernel", "Cut Cross-Entropy": "cut_cross_entropy"},
+    "tensorflow": {},
+}
+
+
+def jax_candidates():
+    from grug_keras import ops
+    import jax
+    import optax
+
+    def ours(implementation):
+        return lambda h, w, y: ops.fused_linear_cross_entropy(
+            h, w, y, implementation=implementation
+        )
+
+    def materialised(h, w, y):
+        logits = h @ w
+        picked = jax.numpy.take_along_axis(logits, y[:, None], axis=1)[:, 0]
+        return jax.numpy.mean(jax.nn.logsumexp(logits, axis=1) - picked)
+
+    def with_optax(h, w, y):
+        return optax.softmax_cross_entropy_with_integer_labels(h @ w, y).mean()
+
+    found = {"chunked": ours("chunked"), "streaming": ours("streaming")}
+    found |= {"materialised": materialised, "optax": with_optax, "Keras loss": keras_loss()}
+    if importlib.util.find_spec("tokamax"):
+        import tokamax
+
+        found["Tokamax"] = lambda h, w, y: tokamax.linear_softmax_cross_entropy_loss(
+            h, y, w, reduction="mean"
+        )
+    return found
+
+
+def torch_candidates():
+    from grug_keras import ops
+    import torch
+    import torch.nn.functional as F  # noqa: N812
+
+    found = {
+        "chunked": lambda h, w, y: ops.fused_linear_cross_entropy(h, w, y),
+        "materialised": lambda h, w, y: F.cross_entropy(h @ w, y.long()),
+        "Keras loss": keras_loss(),
+    }
+    if hasattr(F, "linear_cross_entropy"):
+        # It takes the head as (V, D) and chunks when it is given options.
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["F.linear_cross_entropy"] = lambda h, w, y: F.linear_cross_entropy(
+            h, w.T, y.long(), options=options
+        )
+    return found
+
+
+def tensorflow_candidates():
+    from grug_keras import ops
+    import tensorflow as tf
+
+    def materialised(h, w, y):
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=h @ w)
+        return tf.reduce_mean(losses)
+
+    return {
+        "chunked": lambda h, w, y: ops.fused_linear_cross_entropy(h, w, y),
+        "materialised": materialised,
+        "Keras loss": keras_loss(),
+    }
+
+
+def keras_loss():
+    import keras
+
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return lambda h, w, y: loss(y, keras.ops.matmul(h, w))
+
+
+def prepare(backend, loss, data, gradients):
+    """A function without arguments that runs it to the end, and its temporary bytes or None."""
+    if backend == "jax":
+        import jax
+
+        function = jax.value_and_grad(loss, (0, 1)) if gradients else loss
+        arrays = [jax.numpy.asarray(a) for a in data]
+        compiled = jax.jit(function).lower(*arrays).compile()
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        return lambda: jax.block_until_ready(compiled(*arrays)), temporary
+    if backend == "torch":
+        import torch
+
+        h, w, y = (torch.tensor(a) for a in data)
+
+        def run():
+            if not gradients:
+                with torch.no_grad():
+                    return loss(h, w, y)
+            inputs = [t.detach().requires_grad_() for t in (h, w)]
+            value = loss(*inputs, y)
+            return value.detach(), torch.autograd.grad(value, inputs)
+
+        return run, None
+    import tensorflow as tf
+
+    arrays = [tf.constant(a) for a in data]
+
+    @tf.function
+    def step(h, w, y):
+        if not gradients:
+            return loss(h, w, y)
+        with tf.GradientTape() as tape:
+            tape.watch((h, w))
+            value = loss(h, w, y)
+        return value, tape.gradient(value, (h, w))
+
+    return lambda: step(*arrays), None
+
+
+def resident(field):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def peak_growth(run, results):
+    """Bytes by which the peak resident set grows in one run, without its results."""
+    before = resident("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    kept = run()
+    grown = resident("VmHWM") - before - results
+    del kept
+    return max(0, grown)
+
+
+def relative_error(got, want):
+    got = np.asarray(got, np.float64)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def load(folder):
+    return [np.load(folder / f"{name}.npy") for name in ("hidden", "lm_head", "labels")]
+
+
+def worker_times(backend, folder, repeats):
+    """{candidate: {"gradients"/"loss": seconds, "errors": [...]}} of interleaved runs."""
+    import keras
+
+    data, found = load(folder), {}
+    for part, gradients in (("gradients", True), ("loss", False)):
+        runs = {}
+        for name, loss in globals()[f"{backend}_candidates"]().items():
+            runs[name], temporary = prepare(backend, loss, data, gradients)
+            result = runs[name]()  # compiles
+            row = found.setdefault(name, {"errors": [], "seconds": {}, "temporary": {}})
+            row["temporary"][part] = temporary
+            value, grads = result if gradients else (result, ())
+            if gradients:
+                got = [value, *grads]
+                want = [np.load(folder / f"{n}.npy") for n in ("loss", "d_hidden", "d_head")]
+                pairs = zip(map(keras.ops.convert_to_numpy, got), want, strict=True)
+                row["errors"] = [relative_error(a, b) for a, b in pairs]
+            del result
+            row["seconds"][part] = []
+        for _ in range(repeats):
+            for name, run in runs.items():
+                begin = time.perf_counter()
+                kept = run()
+                if backend == "tensorflow":  # eager results may still be on their way
+                    kept = keras.ops.convert_to_numpy(kept[0] if gradients else kept)
+                found[name]["seconds"][part].append(time.perf_counter() - begin)
+                del kept
+    return found
+
+
+def worker_memory(backend, folder, name, part):
+    """Peak growth of a warm candidate in a process that has run nothing else."""
+    data = load(folder)
+    loss = globals()[f"{backend}_candidates"]()[name]
+    small = [data[0][:8], data[1][:, :64].copy(), data[2][:8] % 64]
+    gradients = part == "gradients"
+    prepare(backend, loss, small, gradients)[0]()  # threads, libraries
+    run, _ = prepare(backend, loss, data, gradients)
+    return peak_growth(run, gradients * (data[0].nbytes + data[1].nbytes))
+
+
+def write_truth(folder, T, D, V):
+    """Inputs, and their loss and gradients in float64, some tokens at a time."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(T, D)).astype("float32")
+    lm_head = (rng.normal(size=(D, V)) / np.sqrt(D)).astype("float32")
+    labels = rng.integers(0, V, T).astype("int32")
+    wide, total = lm_head.astype("float64"), 0.0
+    d_hidden, d_head = np.zeros((T, D)), np.zeros((D, V))
+    for start in range(0, T, 128):
+        rows = hidden[start : start + 128].astype("float64")
+        index = np.arange(len(rows)), labels[start : start + 128]
+        logits = rows @ wide
+        logits -= logits.max(axis=1, keepdims=True)
+        picked = logits[index]
+        np.exp(logits, out=logits)
+        sums = logits.sum(axis=1, keepdims=True)
+        total += (np.log(sums[:, 0]) - picked).sum()
+        logits /= sums
+        logits[index] -= 1
+        d_hidden[start : start + 128] = logits @ wide.T / T
+        d_head += rows.T @ logits / T
+    arrays = {"hidden": hidden, "lm_head": lm_head, "labels": labels}
+    arrays |= {"loss": np.float64(total / T), "d_hidden": d_hidden, "d_head": d_head}
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+
+
+def call_worker(backend, folder, *arguments):
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", backend, str(folder), *map(str, arguments)],
+        env={**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL if backend == "tensorflow" else None,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(backend, found, head_bytes):
+    """Rows of one backend, with ratios to its materialised logits."""
+    base, rows = found["materialised"], []
+    for name, row in found.items():
+        for part in ("gradients", "loss"):
+            pairs = zip(row["seconds"][part], base["seconds"][part], strict=True)
+            aside = head_bytes if part == "gradients" and name != "materialised" else 0
+            memory = max(0, row["temporary"][part] - aside) / max(1, base["temporary"][part])
+            rows.append(
+                {
+                    "backend": backend,
+                    "candidate": name,
+                    "part": part,
+                    "seconds": float(np.median(row["seconds"][part])),
+                    "ratio": float(np.median([a / b for a, b in pairs])),
+                    "temporary_mib": row["temporary"][part] / 2**20,
+                    "memory_ratio": memory,
+                    "errors": row["errors"] if part == "gradients" else row["errors"][:1],
+                }
+            )
+    return rows
+
+
+@click.command()
+@click.option("--tokens", default=2048)
+@click.option("--hidden", default=512)
+@click.option("--vocabulary", default=128_256)
+@click.option("--repeats", default=7)
+@click.option("--backends", default=",".join(BACKENDS))
+@click.option("--json", "path", type=click.Path(path_type=pathlib.Path), help="Write rows here.")
+def main(tokens, hidden, vocabulary, repeats, backends, path):
+    rows = []
+    print(f"{tokens} tokens, hidden {hidden}, vocabulary {vocabulary}, float32, CPU")
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        write_truth(folder, tokens, hidden, vocabulary)
+        for backend in backends.split(","):
+            found = call_worker(backend, folder, "times", repeats)
+            for candidate, row in found.items():
+                if backend != "jax":
+                    for part in row["temporary"]:
+                        grown = call_worker(backend, folder, "memory", candidate, part)
+                        row["temporary"][part] = grown
+            rows += table(backend, found, 4 * hidden * vocabulary)
+            for row in [row for row in rows if row["backend"] == backend]:
+                print(
+                    "{backend:10} {candidate:22} {part:9} {seconds:6.2f} s {ratio:5.2f}x  "
+                    "{temporary_mib:6.0f} MiB {memory_ratio:6.3f}x  ".format(**row)
+                    + " ".join(f"{e:.1e}" for e in row["errors"]),
+                    flush=True,
+                )
+            for candidate, module in ABSENT[backend].items():
+                if not importlib.util.find_spec(module):
+                    print(f"{backend:10} {candidate:22} not installed ({module})")
+    if path:
+        shape = {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary}
+        path.write_text(json.dumps({**shape, "repeats": repeats, "rows": rows}, indent=1) + "\n")
+
+
+def worker(backend, folder, task, argument, *more):
+    import grug_keras  # noqa: F401  (settles the backend)
+
+    tasks = {
+        "times": lambda: worker_times(backend, pathlib.Path(folder), int(argument)),
+        "memory": lambda: worker_memory(backend, pathlib.Path(folder), argument, *more),
+    }
+    print(json.dumps(tasks[task]()))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*sys.argv[2:])
+    else:
+        main()

@@ -74,16 +74,7 @@ def main(path):
             f"{row['temporary_mib']:6,} MiB",
             flush=True,
         )
-        names = (
-            "kind",
-            "tokens",
-            "hidden",
-            "vocabulary",
-            "implementation",
-            "chunk_size",
-            "gradients",
-        )
-        rows.append({**dict(zip(names, case, strict=True)), **row})
+        rows.append({**dict(zip(FIELDS, case, strict=True)), **row})
     if path:
         path.write_text(json.dumps({"jax": jax.__version__, "rows": rows}, indent=1) + "\n")
 

@@ -42,15 +42,15 @@ def fused_linear_cross_entropy(
         lm_head: float tensor or `keras.Variable` `(D, V)`, multiplied in the dtype of
             `hidden`. On a device mesh give the variable: its layout says how it is split.
         labels: int tensor `(...)` in `[0, V)`. An out-of-range label of non-zero weight
-            raises where its value is known, and inside a compiled step gives nan.
+            raises if it comes in an array of the host, and gives nan if in a tensor.
         weights: float tensor `(...)` or None (all 1).
         z_loss: float >= 0. Keeps the softmax normaliser near 1 (PaLM, section 5).
         label_smoothing: float in [0, 1). Mixes the target with the uniform distribution.
         logit_soft_cap: float > 0 or None. Logits become `cap * tanh(logits / cap)`.
         reduction: `"mean"` (divided by the sum of the weights; 0 when that is 0),
             `"sum"`, or `"none"`.
-        chunk_size: int or None. Tokens per chunk (`"streaming"`: columns per chunk); None
-            takes what suits the shape and the platform.
+        chunk_size: int or None. Tokens per chunk of the gradient (`"streaming"`: columns per
+            chunk), on each device; None takes what suits the shape and the platform.
         return_statistics: bool. Also returns a `TokenStatistics`.
         implementation: str or None. None picks the best that can run here: `"chunked"`.
             `"streaming"` (JAX) needs less memory when tokens are many, and a third more
@@ -64,7 +64,7 @@ def fused_linear_cross_entropy(
 
     Raises:
         ValueError: for arguments that do not fit; the message names the argument.
-        NotImplementedError: on JAX, for a second derivative of other than `"reference"`.
+        NotImplementedError: for a second derivative of other than `"reference"`.
 
     Example:
 
@@ -91,7 +91,7 @@ def fused_linear_cross_entropy(
     counted = weights != 0
     valid = ops.logical_and(labels >= 0, labels < lm_head.shape[1])
     # A compiled step cannot raise: a wrong label that counts must not look like a number.
-    weights = ops.where(ops.logical_or(valid, ops.logical_not(counted)), weights, math.nan)
+    weights = ops.where(counted, ops.where(valid, weights, math.nan), 0.0)
     # Zeroed before any product: 0 * nan is nan, and the gradient must be 0 as well.
     hidden = ops.where(counted[..., None], hidden, ops.zeros((), dtype=hidden.dtype))
     labels = ops.where(ops.logical_and(counted, valid), labels, 0)
@@ -108,13 +108,15 @@ def fused_linear_cross_entropy(
     )
     if reduction == "none":
         loss = ops.reshape(loss, ops.shape(labels))
-    return (loss, _shaped(statistics, counted)) if return_statistics else loss
+    return (loss, _shaped(statistics, counted, valid)) if return_statistics else loss
 
 
-def _shaped(statistics, counted):
+def _shaped(statistics, counted, valid):
     """Statistics in the shape of the labels, zero where the weight is, without gradients."""
     shaped = (ops.reshape(ops.stop_gradient(s), ops.shape(counted)) for s in statistics)
-    return TokenStatistics(*(ops.where(counted, s, ops.zeros_like(s)) for s in shaped))
+    losses, *others = (ops.where(counted, s, ops.zeros_like(s)) for s in shaped)
+    wrong = ops.logical_and(counted, ops.logical_not(valid))
+    return TokenStatistics(ops.where(wrong, math.nan, losses), *others)
 
 
 def _chunked(hidden, lm_head, labels, weights, options, per_token):
@@ -162,8 +164,8 @@ def _check_options(z_loss, label_smoothing, logit_soft_cap, reduction, chunk_siz
         raise ValueError(f"z_loss must be at least 0, got {z_loss}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    if logit_soft_cap is not None and not logit_soft_cap > 0:
-        raise ValueError(f"logit_soft_cap must be positive or None, got {logit_soft_cap}")
+    if logit_soft_cap is not None and not 0 < logit_soft_cap < math.inf:
+        raise ValueError(f"logit_soft_cap must be positive and finite, got {logit_soft_cap}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):

@@ -1,4 +1,4 @@
-"""The fused loss on 8 virtual devices, for test_fused_loss_on_meshes.py: prints JSON.
+"""The fused loss on 8 virtual devices, for test_fused_loss_jax.py: prints JSON.
 
 For every way to split the head: the largest relative difference to one device, and which
 collectives the compiled program holds, inside and outside of loops.

@@ -119,7 +119,8 @@ def meshes():
 
 def test_eight_devices_equal_one(meshes):
     assert len(meshes) == 7 * 3 * 2
-    assert {name: found["error"] for name, found in meshes.items() if found["error"] > 1e-6} == {}
+    errors = {name: found["error"] for name, found in meshes.items()}
+    assert {name: error for name, error in errors.items() if not error <= 1e-6} == {}
 
 
 def test_the_head_is_gathered_once_before_the_loop_and_reduced_once_after_it(meshes):

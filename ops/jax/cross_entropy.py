@@ -133,11 +133,12 @@ def by_tokens(hidden, lm_head, labels, weights, logsumexp, options, columns):
         return scan(arrays, sizes["cpu"])
     branches = {platform: functools.partial(scan, size=size) for platform, size in sizes.items()}
     # Decided when the program is lowered, for the platform that it is compiled for.
-    return jax.lax.platform_dependent(arrays, **branches)
+    return jax.lax.platform_dependent(arrays, **branches, default=branches["cpu"])
 
 
 def _scan_tokens(arrays, lm_head, options, columns, size):
     num_tokens, wide = arrays[0].shape[0], gradient_dtype(arrays[0].dtype)
+    size = max(1, min(size, num_tokens))
 
     def one_chunk(d_head, chunk):
         rows, labels, weights = chunk

@@ -71,8 +71,13 @@ class Placement:
             tuple(axis for axis in axes if axis in used)
             for axes in _head_axes(distribution, lm_head)
         )
-        kept = [axis for axis in head_axes[1] if axis != distribution.batch_dim_name]
-        token_axes = tuple(axis for axis in used if axis not in kept)
+        data = distribution.batch_dim_name
+        kept = tuple(axis for axis in head_axes[1] if axis != data)
+        if head_axes[1][: len(kept)] != kept:  # else a gather would leave holes in the columns
+            kept = ()
+        # The data axis first: there the tokens lie already.
+        token_axes = sorted((axis for axis in used if axis not in kept), key=lambda a: a != data)
+        token_axes = tuple(token_axes)
         return cls(mesh, token_axes, head_axes)
 
     def run(self, method, hidden, lm_head, labels, weights, logsumexp, options):

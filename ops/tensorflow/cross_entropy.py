@@ -3,6 +3,7 @@
 import itertools
 
 from grug_keras.ops.chunk_loss import (
+    SMALLEST_CHUNK,
     TokenStatistics,
     argmax_of,
     at_labels,
@@ -31,8 +32,9 @@ def chunked_total(hidden, lm_head, labels, weights, options):
         statistics, d_hidden, d_head = _loop(hidden, lm_head, labels, weights, options)
 
         def gradient(cotangent, *_):
-            gradients = (_scale(d_hidden, cotangent, hidden), _scale(d_head, cotangent, lm_head))
-            return *_once_differentiable(*gradients), cotangent * statistics.losses
+            found = (d_hidden, d_head, statistics.losses)
+            sources = (hidden, lm_head, weights)
+            return _finish([cotangent * g for g in found], sources, hidden)
 
         return (tf.reduce_sum(weights * statistics.losses), *statistics), gradient
 
@@ -49,18 +51,22 @@ def chunked_losses(hidden, lm_head, labels, options):
 
         def gradient(cotangent, *_):
             _, d_hidden, d_head = _loop(hidden, lm_head, labels, cotangent, options)
-            gradients = (tf.cast(d_hidden, hidden.dtype), tf.cast(d_head, lm_head.dtype))
-            return _once_differentiable(*gradients)
+            return _finish((d_hidden, d_head), (hidden, lm_head), hidden)
 
         return tuple(statistics), gradient
 
     return TokenStatistics(*losses_with_gradient(hidden, _tensor(lm_head)))
 
 
-def _loop(hidden, lm_head, labels, weights, options):
+def _loop(*arguments):
     """Statistics of all tokens, and with weights the float32 gradients of their weighted sum."""
+    with record.stop_recording():  # an eager tape would hold every chunk's logits
+        return _unrecorded_loop(*arguments)
+
+
+def _unrecorded_loop(hidden, lm_head, labels, weights, options):
     kernel = tf.cast(tf.cast(lm_head, hidden.dtype), tf.float32)
-    size = options.chunk_size or _chunk_tokens(hidden, kernel)
+    size = _chunk_tokens(hidden, kernel, options)
     given = (hidden, labels) if weights is None else (hidden, labels, weights)
     chunks = [_stack(array, size) for array in given]
     count = tf.shape(chunks[0])[0]
@@ -123,9 +129,21 @@ def _slabs(num_columns, count=8):
     return tuple(pair for pair in itertools.pairwise(bounds) if pair[0] < pair[1])
 
 
-def _chunk_tokens(hidden, kernel):
+def _chunk_tokens(hidden, kernel, options):
+    """As `chunk_tokens`, also of a number of tokens that only the running program knows."""
     device = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
-    return chunk_tokens(hidden.shape[0], kernel.shape[1], CHUNK_LOGITS[device])
+    size = options.chunk_size or chunk_tokens(
+        hidden.shape[0], kernel.shape[1], CHUNK_LOGITS[device]
+    )
+    num_tokens = tf.maximum(tf.shape(hidden)[0], 1)
+    if hidden.shape[0] is None and options.chunk_size is None:
+        size = tf.minimum(size, tf.maximum(SMALLEST_CHUNK, _ceil_div(num_tokens, 4)))
+        return _ceil_div(num_tokens, _ceil_div(num_tokens, size))
+    return tf.minimum(size, num_tokens)
+
+
+def _ceil_div(a, b):
+    return (a + b - 1) // b
 
 
 def _stack(array, size):
@@ -133,7 +151,7 @@ def _stack(array, size):
     trailing = array.shape[1:]
     padding = -tf.shape(array)[0] % size
     array = tf.pad(array, [[0, padding]] + [[0, 0]] * len(trailing))
-    return tf.reshape(array, [-1, size, *trailing])
+    return tf.reshape(array, tf.stack([-1, size, *trailing]))
 
 
 def _tensor(lm_head):
@@ -141,16 +159,20 @@ def _tensor(lm_head):
     return tf.convert_to_tensor(ops.convert_to_tensor(lm_head))
 
 
-def _scale(gradient, cotangent, like):
-    return tf.cast(cotangent * gradient, like.dtype)
+def _finish(gradients, sources, hidden):
+    """Gradients in the dtype of what they belong to, which cannot be differentiated."""
+    pairs = zip(gradients, sources, strict=True)
+    return tuple(_once_differentiable(tf.cast(g, source.dtype), hidden) for g, source in pairs)
 
 
 @tf.custom_gradient
-def _once_differentiable(*gradients):
+def _once_differentiable(gradient, source):
+    """The gradient as it is; without this, a second derivative would take it for a constant."""
+
     def refuse(*_):
         raise NotImplementedError(
             "fused_linear_cross_entropy can be differentiated once; "
             "implementation='reference' has further derivatives"
         )
 
-    return gradients, refuse
+    return tf.identity(gradient), refuse

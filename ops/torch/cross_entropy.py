@@ -38,8 +38,10 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx, cotangent, *_):
         d_hidden, d_head, losses, *sources = ctx.saved_tensors
-        gradients = [None if d is None else cotangent * d for d in (d_hidden, d_head)]
-        return *_finish(gradients, sources), None, cotangent * losses, None
+        found = (d_hidden, d_head, losses)
+        gradients = [None if d is None else cotangent * d for d in found]
+        d_hidden, d_head, d_weights = _finish(gradients, (*sources, losses), sources[0])
+        return d_hidden, d_head, None, d_weights, None
 
 
 class _Losses(torch.autograd.Function):
@@ -58,7 +60,7 @@ class _Losses(torch.autograd.Function):
             _, *gradients = _loop(
                 hidden, lm_head, labels, cotangent, ctx.options, wanted=ctx.needs_input_grad[:2]
             )
-        return *_finish(gradients, (hidden, lm_head)), None, None
+        return *_finish(gradients, (hidden, lm_head), hidden), None, None
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -76,14 +78,13 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def _finish(gradients, sources):
+def _finish(gradients, sources, hidden):
     """Gradients in the dtype of what they belong to."""
     pairs = zip(gradients, sources, strict=True)
     gradients = [None if g is None else g.to(source.dtype) for g, source in pairs]
     if not torch.is_grad_enabled():  # no `create_graph`
         return gradients
-    pairs = zip(gradients, sources, strict=True)
-    return [None if g is None else _OnceDifferentiable.apply(g, source) for g, source in pairs]
+    return [None if g is None else _OnceDifferentiable.apply(g, hidden) for g in gradients]
 
 
 def _loop(hidden, lm_head, labels, weights, options, wanted=(False, False)):
@@ -98,20 +99,22 @@ def _loop(hidden, lm_head, labels, weights, options, wanted=(False, False)):
     d_head = torch.zeros_like(kernel, dtype=torch.float32) if wanted[1] else None
     size = _chunk_tokens(hidden, kernel, options)
     # One buffer for the logits of every chunk: fresh pages cost as much as the arithmetic.
-    buffer = torch.empty((size, kernel.shape[1]), dtype=torch.float32, device=hidden.device)
+    buffer = None if mixed else torch.empty((size, kernel.shape[1]), device=hidden.device)
     found = [TokenStatistics(*(torch.empty(0, dtype=t, device=hidden.device) for t in _DTYPES))]
     for start in range(0, hidden.shape[0], size):
         chunk = slice(start, start + size)
         rows = hidden[chunk] if mixed else hidden[chunk].float()
-        logits = _product(rows, kernel, out=buffer[: rows.shape[0]])
+        out = None if mixed else buffer[: rows.shape[0]]
+        logits = _product(rows, kernel, out)
         chunk_weights = None if weights is None else weights[chunk]
         found.append(_to_gradient(logits, labels[chunk].long(), chunk_weights, options))
+        d_logits = logits.to(rows.dtype) if any(wanted) else None
         if wanted[0]:
-            d_hidden[chunk] = _product(logits.to(rows.dtype), kernel.T)
+            d_hidden[chunk] = _product(d_logits, kernel.T)
         if wanted[1] and mixed:
-            d_head += _product(rows.T, logits.to(rows.dtype))
+            d_head += _product(rows.T, d_logits)
         elif wanted[1]:
-            d_head.addmm_(rows.T, logits)
+            d_head.addmm_(rows.T, d_logits)
     return TokenStatistics(*map(torch.cat, zip(*found, strict=True))), d_hidden, d_head
 
 
@@ -148,4 +151,5 @@ def _product(a, b, out=None):
 
 def _chunk_tokens(hidden, kernel, options):
     num_tokens, chunk_logits = hidden.shape[0], CHUNK_LOGITS.get(hidden.device.type, 2**24)
-    return options.chunk_size or chunk_tokens(num_tokens, kernel.shape[1], chunk_logits)
+    size = options.chunk_size or chunk_tokens(num_tokens, kernel.shape[1], chunk_logits)
+    return max(1, min(size, num_tokens))

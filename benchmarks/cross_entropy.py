@@ -270,13 +270,18 @@ def table(backend, found, head_bytes):
 
 
 @click.command()
-@click.option("--tokens", default=2048)
-@click.option("--hidden", default=512)
-@click.option("--vocabulary", default=128_256)
-@click.option("--repeats", default=7)
+@click.option("--tokens", type=click.IntRange(min=1), default=2048)
+@click.option("--hidden", type=click.IntRange(min=1), default=512)
+@click.option("--vocabulary", type=click.IntRange(min=64), default=128_256)
+@click.option("--repeats", type=click.IntRange(min=1), default=7)
 @click.option("--backends", default=",".join(BACKENDS))
 @click.option("--json", "path", type=click.Path(path_type=pathlib.Path), help="Write rows here.")
 def main(tokens, hidden, vocabulary, repeats, backends, path):
+    unknown = set(backends.split(",")) - set(BACKENDS)
+    if unknown:
+        raise click.BadParameter(
+            f"must be of {BACKENDS}, got {sorted(unknown)}", param_hint="--backends"
+        )
     rows = []
     print(f"{tokens} tokens, hidden {hidden}, vocabulary {vocabulary}, float32, CPU")
     with tempfile.TemporaryDirectory() as name:

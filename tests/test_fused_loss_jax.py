@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 if keras.config.backend() != "jax":
-    pytest.skip("JAX alone", allow_module_level=True)
+    pytest.skip(
+        "XLA's memory plan, meshes and TPU compiles are JAX's alone", allow_module_level=True
+    )
 
 import jax
 import jax.numpy as jnp

@@ -383,7 +383,7 @@ def test_a_second_derivative_is_refused(rng):
             )
 
 
-@pytest.mark.skipif(keras.config.backend() != "torch", reason="torch.compile")
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="torch.compile traces PyTorch alone")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_torch_compile_traces_the_whole_loss(reduction, rng):
     import torch
@@ -401,7 +401,10 @@ def test_torch_compile_traces_the_whole_loss(reduction, rng):
         assert oracle.relative_error(to_numpy(a), to_numpy(b)) < 1e-6
 
 
-@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="tf.function")
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="only tf.function traces an unknown number of tokens",
+)
 @pytest.mark.parametrize("T", [1, 31, 3000])
 def test_tokens_unknown_until_the_step_runs(T, rng):
     """Keras's `fit` on TensorFlow traces the batch as None; chunks are of what comes."""

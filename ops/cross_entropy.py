@@ -133,6 +133,14 @@ def _streaming(hidden, lm_head, labels, weights, options, per_token):
     return _weighted(statistics, weights, per_token)
 
 
+def _pallas(hidden, lm_head, labels, weights, options, per_token):
+    """`_chunked`, each chunk by a pair of TPU kernels."""
+    if per_token:
+        statistics = native.pallas_losses(hidden, lm_head, labels, options)
+        return weights * statistics.losses, statistics
+    return native.pallas_total(hidden, lm_head, labels, weights, options)
+
+
 def _reference(hidden, lm_head, labels, weights, options, per_token):
     """The definition, with all `(T, V)` logits in memory and the backend's own gradient."""
     kernel = ops.cast(ops.convert_to_tensor(lm_head), hidden.dtype)
@@ -156,6 +164,7 @@ def _only_on(*backends):
 
 registry.register("fused_linear_cross_entropy", "chunked", _chunked, _only_on(*BACKENDS))
 registry.register("fused_linear_cross_entropy", "streaming", _streaming, _only_on("jax"))
+registry.register("fused_linear_cross_entropy", "pallas", _pallas, _only_on("jax"))
 registry.register("fused_linear_cross_entropy", "reference", _reference)
 
 

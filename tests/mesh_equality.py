@@ -29,6 +29,7 @@ CALLS = {
     "mean": {"reduction": "mean"},
     "none": {"reduction": "none"},
     "streaming": {"implementation": "streaming"},
+    "pallas": {"implementation": "pallas", "logit_soft_cap": None},  # in bfloat16
 }
 OPTIONS = {"z_loss": 1e-2, "label_smoothing": 0.1, "logit_soft_cap": 3.0, "chunk_size": 3}
 D, V = 16, 48
@@ -40,8 +41,9 @@ def make_call(head, labels, weights, options):
     def loss(hidden, value):
         with keras.StatelessScope([(head, value)]):
             found, statistics = ops.fused_linear_cross_entropy(
-                hidden, head, labels, weights=weights, return_statistics=True, **OPTIONS, **options
-            )
+                hidden, head, labels, weights=weights, return_statistics=True,
+                **{**OPTIONS, **options},
+            )  # fmt: skip
         upstream = 1.0 + np.arange(found.size).reshape(found.shape) / found.size
         return (found * upstream).sum(), statistics
 
@@ -76,9 +78,14 @@ def run(rng, batch, layout=None, mesh_shape=None):
         hidden = jax.device_put(hidden, NamedSharding(mesh, spec))
     results = {}
     for name, options in CALLS.items():
-        call = make_call(head, labels, weights, options).lower(hidden, head.value).compile()
-        results[name] = call(hidden, head.value), collectives(call)
+        given = keras.ops.cast(hidden, "bfloat16" if name == "pallas" else "float32")
+        call = make_call(head, labels, weights, options).lower(given, head.value).compile()
+        results[name] = call(given, head.value), collectives(call)
     return results
+
+
+def wide(array):
+    return np.asarray(array, "float64")
 
 
 def main():
@@ -96,7 +103,7 @@ def main():
                 split = run(np.random.default_rng(0), batch, layout, shape)
             for call in CALLS:
                 got, want = (jax.tree.leaves(r[call][0]) for r in (split, alone))
-                pairs = zip(map(np.asarray, got), map(np.asarray, want), strict=True)
+                pairs = zip(map(wide, got), map(wide, want), strict=True)
                 error = max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs)
                 found = split[call][1]
                 report[f"{name}, {call}, {batch}"] = {"error": float(error), **found}

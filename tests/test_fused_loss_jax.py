@@ -120,9 +120,10 @@ def meshes():
 
 
 def test_eight_devices_equal_one(meshes):
-    assert len(meshes) == 7 * 3 * 2
-    errors = {name: found["error"] for name, found in meshes.items()}
-    assert {name: error for name, error in errors.items() if not error <= 1e-6} == {}
+    assert len(meshes) == 7 * 4 * 2
+    for name, found in meshes.items():
+        # The kernels round to bfloat16 what is relative to the maximum of one device's columns.
+        assert found["error"] <= (5e-3 if "pallas" in name else 1e-6), name
 
 
 def test_the_head_is_gathered_once_before_the_loop_and_reduced_once_after_it(meshes):
@@ -136,13 +137,15 @@ def test_the_head_is_gathered_once_before_the_loop_and_reduced_once_after_it(mes
         large = [c for c in meshes[f"{layout}, {call}, {tokens}"]["outside"] if c[1] > 64]
         return sorted(map(tuple, large))
 
-    for call in ("mean", "none", "streaming"):
+    for call in ("mean", "none", "streaming", "pallas"):
         assert outside("data parallel", call) == [("all-reduce", head)]
         for layout in ("FSDP over D", "FSDP over V"):
             want = [("all-gather", head), ("reduce-scatter", head // 8)]
             assert outside(layout, call) == want
         # Only the gradient of the hidden states (T D numbers) crosses a split vocabulary.
-        assert outside("vocabulary", call) == [("all-reduce", 8 * 8 * 16)]
+        # (The kernels' one chunk, padded to 128 rows, is no loop: its statistics show.)
+        rows = [("all-reduce", 128)] * 3 if call == "pallas" else []
+        assert outside("vocabulary", call) == [*rows, ("all-reduce", 8 * 8 * 16)]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ to_numpy = keras.ops.convert_to_numpy
 IMPLEMENTATIONS = [
     name
     for name, status in ops.implementations("fused_linear_cross_entropy").items()
-    if status == "available"
+    if status == "available" and name != "pallas"  # bfloat16 alone: test_fused_loss_pallas.py
 ]
 OPTIONS = {
     "plain": {},

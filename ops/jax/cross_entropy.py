@@ -34,7 +34,7 @@ STREAMED_LOGITS, MOST_COLUMNS, FEWEST_COLUMNS = 2**26, 2048, 128
 def chunked_total(hidden, lm_head, labels, weights, options):
     """Weighted sum of the losses, and `TokenStatistics`; gradients in the forward pass."""
     placement = Placement.of(lm_head)
-    return _total(hidden, _tensor(lm_head), labels, weights, options, placement)
+    return _total(by_tokens, hidden, _tensor(lm_head), labels, weights, options, placement)
 
 
 def chunked_losses(hidden, lm_head, labels, options):
@@ -49,24 +49,38 @@ def streaming_losses(hidden, lm_head, labels, options):
     return _statistics(by_vocabulary, hidden, _tensor(lm_head), labels, options, placement)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _total(hidden, lm_head, labels, weights, options, placement):
+def pallas_total(hidden, lm_head, labels, weights, options):
+    """As `chunked_total`, with the kernels."""
+    _check_kernels_fit(hidden, options)
+    placement = Placement.of(lm_head)
+    return _total(by_kernels, hidden, _tensor(lm_head), labels, weights, options, placement)
+
+
+def pallas_losses(hidden, lm_head, labels, options):
+    """As `chunked_losses`, with the kernels."""
+    _check_kernels_fit(hidden, options)
+    placement = Placement.of(lm_head)
+    return _statistics(by_kernels, hidden, _tensor(lm_head), labels, options, placement)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
+def _total(method, hidden, lm_head, labels, weights, options, placement):
     arrays = (hidden, lm_head, labels, None, None)
     statistics, *_ = placement.run(by_vocabulary, *arrays, _own_chunks(options))
     return jnp.sum(weights * statistics.losses), statistics
 
 
-def _total_forward(hidden, lm_head, labels, weights, options, placement):
+def _total_forward(method, hidden, lm_head, labels, weights, options, placement):
     hidden, lm_head, weights = _once_differentiable((hidden, lm_head, weights))
     statistics, d_hidden, d_head = placement.run(
-        by_tokens, hidden, lm_head, labels, weights, None, options
+        method, hidden, lm_head, labels, weights, None, options
     )
     total = jnp.sum(weights * statistics.losses)
     kept = (d_hidden, d_head, statistics.losses, _like(hidden), _like(lm_head))
     return (total, statistics), kept
 
 
-def _total_backward(options, placement, kept, cotangents):
+def _total_backward(method, options, placement, kept, cotangents):
     d_hidden, d_head, losses, like_hidden, like_head = kept
     cotangent, _ = cotangents
     return (
@@ -137,8 +151,7 @@ def by_tokens(hidden, lm_head, labels, weights, logsumexp, options, columns):
 
 
 def _scan_tokens(arrays, lm_head, options, columns, size):
-    num_tokens, wide = arrays[0].shape[0], gradient_dtype(arrays[0].dtype)
-    size = max(1, min(size, num_tokens))
+    wide = gradient_dtype(arrays[0].dtype)
 
     def one_chunk(d_head, chunk):
         rows, labels, weights = chunk
@@ -150,12 +163,52 @@ def _scan_tokens(arrays, lm_head, options, columns, size):
         d_logits, columns_first = jax.lax.optimization_barrier((d_logits.astype(wide), rows.T))
         d_rows = _dot("cv,dv->cd", d_logits, lm_head)
         d_head += _dot("dc,cv->dv", columns_first, d_logits)
+        return d_head, (statistics, d_rows)
+
+    size = max(1, min(size, arrays[0].shape[0]))
+    return _scan(one_chunk, arrays, lm_head, columns, size)
+
+
+def by_kernels(hidden, lm_head, labels, weights, logsumexp, options, columns):
+    """As `by_tokens`, with the Pallas kernels; interpreted, slowly, where there is no TPU."""
+    from grug_keras.ops.jax import cross_entropy_kernels as kernels
+
+    (T, D), V = hidden.shape, lm_head.shape[1]
+    size, tile = kernels.block_sizes(T, D, V, options.chunk_size)
+    lm_head = jnp.pad(lm_head, ((0, 0), (0, -V % tile)))
+
+    def scan(arrays, interpret):
+        one_chunk = functools.partial(
+            kernels.chunk_gradients,
+            lm_head=lm_head,
+            num_columns=V,
+            options=options,
+            columns=columns,
+            tile=tile,
+            interpret=interpret,
+        )
+        return _scan(one_chunk, arrays, lm_head, columns, size)
+
+    statistics, d_hidden, d_head = jax.lax.platform_dependent(
+        (hidden, labels, weights),
+        tpu=functools.partial(scan, interpret=False),
+        default=functools.partial(scan, interpret=True),
+    )
+    return statistics, d_hidden, d_head[:, :V]
+
+
+def _scan(one_chunk, arrays, lm_head, columns, size):
+    """Scans `one_chunk(d_head, chunk) -> (d_head, (statistics, d_rows))`, `size` tokens each."""
+    wide = gradient_dtype(arrays[0].dtype)
+
+    def step(d_head, chunk):
+        d_head, (statistics, d_rows) = one_chunk(d_head, chunk)
         # A part of a sum over devices is rounded after the sum.
         return d_head, (statistics, d_rows.astype(wide) if columns.whole else d_rows)
 
     start = jnp.zeros(lm_head.shape, jnp.float32)
-    d_head, outputs = jax.lax.scan(one_chunk, start, _stack(arrays, size))
-    unstack = functools.partial(_unstack, num_tokens=num_tokens)
+    d_head, outputs = jax.lax.scan(step, start, _stack(arrays, size))
+    unstack = functools.partial(_unstack, num_tokens=arrays[0].shape[0])
     statistics, d_hidden = jax.tree.map(unstack, outputs)
     return statistics, d_hidden, d_head
 
@@ -239,6 +292,16 @@ def _fold(step, carry, total, size):
     full, rest = divmod(total, size)
     carry = jax.lax.fori_loop(0, full, lambda i, carry: step(i * size, size, carry), carry)
     return step(full * size, rest, carry) if rest else carry
+
+
+def _check_kernels_fit(hidden, options):
+    if hidden.dtype != jnp.bfloat16:
+        raise ValueError(f"implementation='pallas' takes bfloat16 hidden, got {hidden.dtype}")
+    if options.logit_soft_cap is not None:
+        raise ValueError(
+            "implementation='pallas' has no logit_soft_cap: its kernels keep no logits, got "
+            f"{options.logit_soft_cap}"
+        )
 
 
 def _own_chunks(options):

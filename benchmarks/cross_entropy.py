@@ -24,9 +24,13 @@ import click
 import numpy as np
 
 BACKENDS = ("jax", "torch", "tensorflow")
-ABSENT = {
-    "jax": {"Tokamax": "tokamax"},
-    "torch": {"Liger": "liger_kernel", "Cut Cross-Entropy": "cut_cross_entropy"},
+# Peers that need what a machine may lack: the module, and what its kernels run on.
+PEERS = {
+    "jax": {"Tokamax": ("tokamax", "cpu")},
+    "torch": {
+        "Liger": ("liger_kernel", "cuda"),
+        "Cut Cross-Entropy": ("cut_cross_entropy", "cuda"),
+    },
     "tensorflow": {},
 }
 
@@ -302,9 +306,11 @@ def main(tokens, hidden, vocabulary, repeats, backends, path):
                     + " ".join(f"{e:.1e}" for e in row["errors"]),
                     flush=True,
                 )
-            for candidate, module in ABSENT[backend].items():
+            for candidate, (module, device) in PEERS[backend].items():
                 if not importlib.util.find_spec(module):
                     print(f"{backend:10} {candidate:22} not installed ({module})")
+                elif device != "cpu":
+                    print(f"{backend:10} {candidate:22} not run: its kernels need {device}")
     if path:
         shape = {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary}
         path.write_text(json.dumps({**shape, "repeats": repeats, "rows": rows}, indent=1) + "\n")

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from keras import ops
 
 SMALLEST_CHUNK = 256
+# A vocabulary chunk reads all tokens: its columns matter little for speed.
+VOCABULARY_CHUNK_LOGITS, FEWEST_COLUMNS = 2**26, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +184,46 @@ def logit_gradients(
     return gradient
 
 
+def no_statistics(num_tokens):
+    """Peak, sum of exponentials, label logit, sum of logits and argmax of no columns at all."""
+    zeros = ops.zeros((num_tokens,), "float32")
+    return zeros - math.inf, zeros, zeros, zeros, ops.cast(zeros, "int32")
+
+
+def update_statistics(found, capped, labels, start, options):
+    """What `no_statistics` lists, after the columns from `start` on.
+
+    Args:
+        found: tuple of `(T,)` tensors, of the columns before these.
+        capped: float32 `(T, columns)`.
+        labels: int32 `(T,)`.
+        start: int, or int32 scalar tensor.
+        options: `LossOptions`.
+    """
+    peak, normaliser, label_logits, total, best = found
+    # With an initial value Keras takes the maximum of no tokens too.
+    top = ops.maximum(peak, ops.max(capped, axis=1, initial=-math.inf))
+    kept = normaliser * ops.exp(peak - top)
+    better = top > peak
+    return (
+        top,
+        kept + ops.sum(ops.exp(capped - top[:, None]), axis=1),
+        label_logits + at_labels(capped, labels - start),
+        total + ops.sum(capped, axis=1) if options.label_smoothing else total,
+        ops.where(better, start + argmax_of(capped, options), best),
+    )
+
+
+def finish_statistics(found, options, columns):
+    """`TokenStatistics` from what `update_statistics` made of one device's columns."""
+    peak, normaliser, label_logits, total, best = found
+    top = columns.max(peak)
+    logsumexp = ops.log(columns.sum(normaliser * ops.exp(peak - top))) + top
+    mean = columns.sum(total) / columns.vocab_size
+    losses = losses_from(logsumexp, columns.sum(label_logits), mean, options)
+    return TokenStatistics(losses, logsumexp, columns.argmax(peak, best))
+
+
 def chunk_tokens(num_tokens, num_columns, chunk_logits):
     """Tokens of a chunk.
 
@@ -200,3 +242,14 @@ def chunk_tokens(num_tokens, num_columns, chunk_logits):
     size = min(fit, max(SMALLEST_CHUNK, math.ceil(num_tokens / 4)))
     chunks = max(1, math.ceil(num_tokens / size))
     return max(1, math.ceil(num_tokens / chunks))
+
+
+def chunk_columns(num_tokens, num_columns, most=2048):
+    """Columns of a vocabulary chunk, which holds them for all tokens.
+
+    Args:
+        num_tokens: int, or None if it is not known yet.
+        num_columns, most: int.
+    """
+    fit = most if num_tokens is None else VOCABULARY_CHUNK_LOGITS // max(1, num_tokens)
+    return min(num_columns, max(FEWEST_COLUMNS, min(most, fit)))

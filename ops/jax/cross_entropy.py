@@ -10,14 +10,14 @@ import dataclasses
 import functools
 
 from grug_keras.ops.chunk_loss import (
-    TokenStatistics,
-    argmax_of,
-    at_labels,
+    chunk_columns,
     chunk_loss,
     chunk_tokens,
+    finish_statistics,
     logit_gradients,
-    losses_from,
+    no_statistics,
     soft_cap,
+    update_statistics,
 )
 from grug_keras.ops.jax.sharding import Placement
 import jax
@@ -27,8 +27,6 @@ import keras
 # Logits of a token chunk. It reads the head and updates the head's gradient once, so that
 # larger chunks are faster; measured in docs/cross_entropy.md.
 CHUNK_LOGITS = {"cpu": 20_000_000, "tpu": 2**28, "cuda": 2**29, "rocm": 2**29}
-# A vocabulary chunk reads all tokens: its columns matter little for speed.
-STREAMED_LOGITS, MOST_COLUMNS, FEWEST_COLUMNS = 2**26, 2048, 128
 
 
 def chunked_total(hidden, lm_head, labels, weights, options):
@@ -220,8 +218,7 @@ def by_vocabulary(hidden, lm_head, labels, weights, logsumexp, options, columns)
     and the gradients.
     """
     labels = columns.local(labels)
-    fit = STREAMED_LOGITS // max(1, hidden.shape[0])
-    size = options.chunk_size or max(FEWEST_COLUMNS, min(MOST_COLUMNS, fit))
+    size = options.chunk_size or chunk_columns(hidden.shape[0], lm_head.shape[1])
     size = min(size, lm_head.shape[1])
 
     def capped_logits(start, width):
@@ -229,11 +226,13 @@ def by_vocabulary(hidden, lm_head, labels, weights, logsumexp, options, columns)
         return part, soft_cap(_dot("td,dv->tv", hidden, part), options.logit_soft_cap)
 
     if weights is None:
-        start = _no_statistics(hidden.shape[0])
-        found = _fold(
-            _update_statistics(capped_logits, labels, options), start, lm_head.shape[1], size
-        )
-        return _finish_statistics(found, options, columns), None, None
+
+        def update(start, width, found):
+            _, capped = capped_logits(start, width)
+            return update_statistics(found, capped, labels, start, options)
+
+        found = _fold(update, no_statistics(hidden.shape[0]), lm_head.shape[1], size)
+        return finish_statistics(found, options, columns), None, None
 
     def step(start, width, carry):
         d_hidden, d_head = carry
@@ -253,38 +252,6 @@ def by_vocabulary(hidden, lm_head, labels, weights, logsumexp, options, columns)
 
     zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (hidden, lm_head))
     return None, *_fold(step, zeros, lm_head.shape[1], size)
-
-
-def _no_statistics(num_tokens):
-    """Peak, sum of exponentials, label logit, sum of logits and argmax of no columns at all."""
-    zeros = jnp.zeros(num_tokens, jnp.float32)
-    return zeros - jnp.inf, zeros, zeros, zeros, zeros.astype(jnp.int32)
-
-
-def _update_statistics(capped_logits, labels, options):
-    def step(start, width, found):
-        peak, normaliser, label_logits, total, best = found
-        _, capped = capped_logits(start, width)
-        top = jnp.maximum(peak, jnp.max(capped, axis=1))
-        kept = normaliser * jnp.exp(peak - top)
-        return (
-            top,
-            kept + jnp.sum(jnp.exp(capped - top[:, None]), axis=1),
-            label_logits + at_labels(capped, labels - start),
-            total + jnp.sum(capped, axis=1),
-            jnp.where(top > peak, start + argmax_of(capped, options), best),
-        )
-
-    return step
-
-
-def _finish_statistics(found, options, columns):
-    peak, normaliser, label_logits, total, best = found
-    top = columns.max(peak)
-    logsumexp = jnp.log(columns.sum(normaliser * jnp.exp(peak - top))) + top
-    mean = columns.sum(total) / columns.vocab_size
-    losses = losses_from(logsumexp, columns.sum(label_logits), mean, options)
-    return TokenStatistics(losses, logsumexp, columns.argmax(peak, best))
 
 
 def _fold(step, carry, total, size):

@@ -1,20 +1,26 @@
-"""Linear cross-entropy on TensorFlow: a loop over token chunks, gradients in the forward pass."""
-
-import itertools
+"""Linear cross-entropy on TensorFlow: losses by vocabulary chunks, gradients by token chunks."""
 
 from grug_keras.ops.chunk_loss import (
     SMALLEST_CHUNK,
+    Columns,
     TokenStatistics,
     argmax_of,
     at_labels,
+    chunk_columns,
     chunk_loss,
     chunk_tokens,
+    finish_statistics,
+    no_statistics,
+    soft_cap,
+    update_statistics,
 )
 from keras import ops
 import tensorflow as tf
 from tensorflow.python.eager import record  # nothing public tells whether a tape watches
 
 CHUNK_LOGITS = {"CPU": 2**24, "GPU": 2**29}
+SLABS = 8
+MOST_COLUMNS = 512  # half a dozen temporaries of a vocabulary chunk live side by side
 
 
 def chunked_total(hidden, lm_head, labels, weights, options):
@@ -47,7 +53,7 @@ def chunked_losses(hidden, lm_head, labels, options):
 
     @tf.custom_gradient
     def losses_with_gradient(hidden, lm_head):
-        statistics, _, _ = _loop(hidden, lm_head, labels, None, options)
+        statistics = _losses_alone(hidden, lm_head, labels, options)
 
         def gradient(cotangent, *_):
             _, d_hidden, d_head = _loop(hidden, lm_head, labels, cotangent, options)
@@ -59,54 +65,72 @@ def chunked_losses(hidden, lm_head, labels, options):
 
 
 def _loop(*arguments):
-    """Statistics of all tokens, and with weights the float32 gradients of their weighted sum."""
+    """Statistics of all tokens, and the float32 gradients of their weighted sum."""
     with record.stop_recording():  # an eager tape would hold every chunk's logits
         return _unrecorded_loop(*arguments)
 
 
 def _unrecorded_loop(hidden, lm_head, labels, weights, options):
-    kernel = tf.cast(tf.cast(lm_head, hidden.dtype), tf.float32)
+    kernel = _float32_kernel(lm_head, hidden)
     size = _chunk_tokens(hidden, kernel, options)
-    given = (hidden, labels) if weights is None else (hidden, labels, weights)
-    chunks = [_stack(array, size) for array in given]
+    chunks = [_stack(array, size) for array in (hidden, labels, weights)]
     count = tf.shape(chunks[0])[0]
-    dtypes = (tf.float32, tf.float32, tf.int32) + (() if weights is None else (tf.float32,))
+    dtypes = (tf.float32, tf.float32, tf.int32, tf.float32)
     outputs = tuple(tf.TensorArray(dtype, size=count) for dtype in dtypes)
     # Nothing adds in place here, so the head's gradient is summed in slabs of columns: only
     # one of them exists twice.
-    slabs = () if weights is None else _slabs(kernel.shape[1])
-    d_slabs = tuple(tf.zeros((kernel.shape[0], stop - start)) for start, stop in slabs)
+    slabs = tuple(tf.zeros((kernel.shape[0], width)) for width in _slab_widths(kernel.shape[1]))
 
-    def one_chunk(i, d_slabs, outputs):
-        rows, chunk_labels, *chunk_weights = (chunk[i] for chunk in chunks)
+    def one_chunk(i, slabs, outputs):
+        rows, chunk_labels, chunk_weights = (chunk[i] for chunk in chunks)
         rows = tf.cast(rows, tf.float32)
         statistics, d_logits, scale = _chunk_loss(
-            tf.matmul(rows, kernel), chunk_labels, *(chunk_weights or (None,)), options
+            tf.matmul(rows, kernel), chunk_labels, chunk_weights, options
         )
-        found = tuple(statistics)
-        if chunk_weights:
-            found += (scale * tf.matmul(d_logits, kernel, transpose_b=True),)
-            rows = scale * rows
-            d_slabs = tuple(
-                slab + tf.matmul(rows, d_logits[:, start:stop], transpose_a=True)
-                for slab, (start, stop) in zip(d_slabs, slabs, strict=True)
-            )
+        d_rows = scale * tf.matmul(d_logits, kernel, transpose_b=True)
+        slabs = _add_product(slabs, scale * rows, d_logits)
+        found = (*statistics, d_rows)
         outputs = tuple(array.write(i, part) for array, part in zip(outputs, found, strict=True))
-        return i + 1, d_slabs, outputs
+        return i + 1, slabs, outputs
 
     # One chunk at a time: parallel iterations would each hold their logits.
-    _, d_slabs, outputs = tf.while_loop(
-        lambda i, *_: i < count, one_chunk, (0, d_slabs, outputs), parallel_iterations=1
+    _, slabs, outputs = tf.while_loop(
+        lambda i, *_: i < count, one_chunk, (0, slabs, outputs), parallel_iterations=1
     )
     num_tokens = tf.shape(hidden)[0]
     trailing = ((), (), (), (hidden.shape[1],))
-    outputs = [
+    *statistics, d_hidden = (
         tf.reshape(array.stack(), (-1, *shape))[:num_tokens]
-        for array, shape in zip(outputs, trailing, strict=False)
-    ]
-    if weights is None:
-        return TokenStatistics(*outputs), None, None
-    return TokenStatistics(*outputs[:3]), outputs[3], tf.concat(d_slabs, axis=1)
+        for array, shape in zip(outputs, trailing, strict=True)
+    )
+    return TokenStatistics(*statistics), d_hidden, tf.concat(slabs, axis=1)
+
+
+def _losses_alone(hidden, lm_head, labels, options):
+    """`TokenStatistics`, a chunk of the vocabulary at a time, all tokens in each."""
+    kernel, rows = _float32_kernel(lm_head, hidden), tf.cast(hidden, tf.float32)
+    num_columns = kernel.shape[1]
+
+    def update(start, width, found):
+        logits = tf.matmul(rows, tf.slice(kernel, (0, start), (-1, width)))
+        capped = soft_cap(logits, options.logit_soft_cap)
+        return update_statistics(found, capped, labels, start, options)
+
+    size = chunk_columns(hidden.shape[0], num_columns, MOST_COLUMNS)
+    full, rest = divmod(num_columns, size)
+    _, found = tf.while_loop(
+        lambda i, _: i < full,
+        lambda i, found: (i + 1, update(i * size, size, found)),
+        (0, no_statistics(tf.shape(hidden)[0])),
+        parallel_iterations=1,
+    )
+    found = update(full * size, rest, found) if rest else found
+    return finish_statistics(found, options, Columns(num_columns))
+
+
+def _float32_kernel(lm_head, hidden):
+    """The head rounded to the dtype of hidden, as a product in that dtype would see it."""
+    return tf.cast(tf.cast(lm_head, hidden.dtype), tf.float32)
 
 
 def _chunk_loss(logits, labels, weights, options):
@@ -121,12 +145,25 @@ def _chunk_loss(logits, labels, weights, options):
     statistics = TokenStatistics(
         losses, losses + at_labels(logits, labels), argmax_of(logits, options)
     )
-    return statistics, gradient, None if weights is None else weights[:, None]
+    return statistics, gradient, weights[:, None]
 
 
-def _slabs(num_columns, count=8):
-    bounds = [num_columns * i // count for i in range(count + 1)]
-    return tuple(pair for pair in itertools.pairwise(bounds) if pair[0] < pair[1])
+def _add_product(slabs, rows, d_logits):
+    """The slabs plus those of `rows^T @ d_logits`, one after the other."""
+    sums, start = [], 0
+    for slab in slabs:
+        stop = start + slab.shape[1]
+        # Else TensorFlow makes all the products first, and holds them.
+        with tf.control_dependencies(sums[-1:]):
+            part = tf.matmul(rows, d_logits[:, start:stop], transpose_a=True)
+            sums.append(slab + part)
+        start = stop
+    return tuple(sums)
+
+
+def _slab_widths(num_columns):
+    count = min(SLABS, num_columns)
+    return [num_columns * (i + 1) // count - num_columns * i // count for i in range(count)]
 
 
 def _chunk_tokens(hidden, kernel, options):

@@ -1,104 +1,10 @@
 """Attention: contract, checks, reference implementation."""
 
-import dataclasses
 import math
-from numbers import Integral
-from typing import Any
 
 from grug_keras.ops import registry
+from grug_keras.ops.attention_mask import AttentionMask
 from keras import ops
-import numpy as np
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class AttentionMask:
-    """Which keys a query may see, described by rules rather than by an (S, T) array.
-
-    The rules are combined with "and". Query and key positions both count from 0.
-
-    Args:
-        is_causal: bool. A query sees keys at its own position and before.
-        sliding_window: int >= 1 or None. A query sees the last `sliding_window` keys,
-            its own position included. It bounds the look back only: without `is_causal`
-            the future stays visible.
-        segment_ids: int tensor `(B, S)`, or a pair `(B, S), (B, T)` for queries and keys.
-            0 is padding, 1.. are documents. A query sees only keys of its own document;
-            padding sees nothing, is seen by nothing, and yields exact zeros.
-
-    Raises:
-        ValueError: for a window below 1, or segment ids that are not 2-D integers.
-
-    Example:
-
-    >>> mask = AttentionMask(sliding_window=2)
-    >>> mask.materialize(3, 3)  # [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
-    """
-
-    is_causal: bool = True
-    sliding_window: int | None = None
-    segment_ids: Any = None
-
-    def __post_init__(self):
-        if not isinstance(self.is_causal, bool):
-            raise ValueError(f"is_causal must be True or False, got {self.is_causal!r}")
-        window = self.sliding_window
-        if window is not None and (isinstance(window, bool) or not isinstance(window, Integral)):
-            raise ValueError(f"sliding_window must be an int or None, got {window!r}")
-        if window is not None and window < 1:
-            raise ValueError(f"sliding_window must be at least 1, got {window}")
-        if self.segment_ids is not None:
-            pair = self.segment_ids
-            pair = pair if isinstance(pair, tuple) else (pair, pair)
-            if len(pair) != 2:
-                raise ValueError(
-                    f"segment_ids must be one tensor or a pair (queries, keys), got {len(pair)}"
-                )
-            query_ids = _as_segment_ids(pair[0])
-            key_ids = query_ids if pair[1] is pair[0] else _as_segment_ids(pair[1])
-            object.__setattr__(self, "segment_ids", (query_ids, key_ids))
-
-    def with_segment_ids(self, q, kv=None):
-        """Returns this mask with the documents of a packed batch.
-
-        Args:
-            q: int tensor `(B, S)`, document of each query, 0 for padding.
-            kv: int tensor `(B, T)`, document of each key. Defaults to `q`.
-        """
-        return dataclasses.replace(self, segment_ids=(q, q if kv is None else kv))
-
-    def materialize(self, q_len, kv_len):
-        """Returns the mask as a bool tensor, True where a query may attend.
-
-        Args:
-            q_len: int, S.
-            kv_len: int, T.
-
-        Returns:
-            Bool tensor `(B, S, T)` with segment ids, else `(S, T)`.
-        """
-        query = ops.arange(q_len)[:, None]
-        key = ops.arange(kv_len)[None, :]
-        allowed = ops.ones((q_len, kv_len), dtype="bool")
-        if self.is_causal:
-            allowed = ops.logical_and(allowed, key <= query)
-        if self.sliding_window is not None:
-            allowed = ops.logical_and(allowed, key > query - self.sliding_window)
-        if self.segment_ids is None:
-            return allowed
-        self._check_lengths(q_len, kv_len)
-        own, other = self.segment_ids[0][:, :, None], self.segment_ids[1][:, None, :]
-        same_document = ops.logical_and(own == other, own != 0)
-        return ops.logical_and(allowed, same_document)
-
-    def _check_lengths(self, q_len, kv_len):
-        for name, ids, length in zip(
-            ("query", "key"), self.segment_ids, (q_len, kv_len), strict=True
-        ):
-            if isinstance(length, int) and ids.shape[1] not in (None, length):
-                raise ValueError(
-                    f"segment_ids for the {name} must have length {length}, "
-                    f"got shape {tuple(ids.shape)}"
-                )
 
 
 def attention(
@@ -220,18 +126,6 @@ def _zero_padding(x, segment_ids):
     return ops.where(keep, x, ops.zeros((), dtype=x.dtype))
 
 
-def _as_segment_ids(ids):
-    if isinstance(ids, np.ndarray) and ids.size and ids.min() < 0:
-        raise ValueError(f"segment_ids must be 0 (padding) or more, got {ids.min()}")
-    ids = ops.convert_to_tensor(ids)
-    if len(ids.shape) != 2 or not ops.dtype(ids).startswith(("int", "uint")):
-        raise ValueError(
-            "segment_ids must be integers of shape (B, S), "
-            f"got {ops.dtype(ids)} of shape {tuple(ids.shape)}"
-        )
-    return ids
-
-
 def _check(query, key, value, mask, sinks, logit_soft_cap):
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if len(tensor.shape) != 4:
@@ -253,7 +147,7 @@ def _check(query, key, value, mask, sinks, logit_soft_cap):
         raise ValueError(f"logit_soft_cap must be positive or None, got {logit_soft_cap}")
     if isinstance(mask, AttentionMask):
         if mask.segment_ids is not None:
-            mask._check_lengths(S, T)
+            mask.check_lengths(S, T)
             for ids in mask.segment_ids:
                 if None not in (B, ids.shape[0]) and ids.shape[0] != B:
                     raise ValueError(f"segment_ids must have batch {B}, got {tuple(ids.shape)}")

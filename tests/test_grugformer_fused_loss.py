@@ -212,6 +212,28 @@ def test_byte_labels_stay_labels(vocab_size, rng):
     assert float(narrow) == float(wide)
 
 
+@pytest.mark.skipif(
+    keras.config.backend() == "jax", reason="JAX has no 64-bit integers unless asked for"
+)
+def test_a_label_beyond_32_bits_is_out_of_range(rng):
+    hidden, lm_head, labels, _ = batch(rng)
+    labels = keras.ops.convert_to_tensor(labels.astype("int64") + (np.arange(31) == 5) * 2**32)
+    _, found = fused(hidden, lm_head, labels, return_statistics=True)
+    assert np.isnan(to_numpy(found.losses)).tolist() == [t == 5 for t in range(31)]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_gradient_to_one_operand_alone(implementation, rng):
+    """A frozen head under LoRA, or a probe on frozen features."""
+    hidden, lm_head, labels, weights = batch(rng)
+    arguments = {"weights": weights, "implementation": implementation}
+    _, want_hidden, want_head = truth(hidden, lm_head, labels, weights)
+    _, (got,) = value_and_gradients(lambda h: fused(h, lm_head, labels, **arguments), hidden)
+    assert oracle.relative_error(got, want_hidden) < 2e-6
+    _, (got,) = value_and_gradients(lambda w: fused(hidden, w, labels, **arguments), lm_head)
+    assert oracle.relative_error(got, want_head) < 2e-6
+
+
 def test_an_unchecked_label_out_of_range_gives_nan(rng):
     hidden, lm_head, labels, _ = batch(rng)
     labels = keras.ops.convert_to_tensor(np.where(np.arange(31) == 5, 37, labels))
@@ -414,6 +436,10 @@ def test_tokens_unknown_until_the_step_runs(T, rng):
 
     hidden, lm_head, labels, _ = batch(rng, T=T, pin=False)
 
+    @tf.function(input_signature=[tf.TensorSpec((None, 8)), tf.TensorSpec((T,), tf.int32)])
+    def half_known(hidden, labels):
+        return ops.fused_linear_cross_entropy(hidden, tf.constant(lm_head), labels)
+
     @tf.function(input_signature=[tf.TensorSpec((None, 8)), tf.TensorSpec((None,), tf.int32)])
     def step(hidden, labels):
         with tf.GradientTape() as tape:
@@ -424,4 +450,5 @@ def test_tokens_unknown_until_the_step_runs(T, rng):
     loss, gradient = step(hidden, labels)
     want, d_hidden, _ = truth(hidden, lm_head, labels, np.ones(T))
     assert float(loss) == pytest.approx(want, rel=1e-6)
+    assert float(half_known(hidden, labels)) == pytest.approx(want, rel=1e-6)
     assert oracle.relative_error(to_numpy(gradient), d_hidden) < 2e-6

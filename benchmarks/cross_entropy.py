@@ -310,7 +310,7 @@ def main(tokens, hidden, vocabulary, repeats, backends, path):
                 if not importlib.util.find_spec(module):
                     print(f"{backend:10} {candidate:22} not installed ({module})")
                 elif device != "cpu":
-                    print(f"{backend:10} {candidate:22} not run: its kernels need {device}")
+                    print(f"{backend:10} {candidate:22} not run: needs {device}, this is of CPUs")
     if path:
         shape = {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary}
         path.write_text(json.dumps({**shape, "repeats": repeats, "rows": rows}, indent=1) + "\n")

@@ -4,7 +4,15 @@ import math
 
 from grug_keras.ops import registry
 from grug_keras.ops.attention_mask import AttentionMask
+import keras
 from keras import ops
+
+if keras.config.backend() == "jax":
+    from grug_keras.ops.jax.attention import blockwise_attention
+
+
+# Up to this length all logits at once are faster than blocks of them.
+DENSE_LENGTH = 256
 
 
 def attention(
@@ -32,7 +40,10 @@ def attention(
             softmax denominator and nothing else.
         logit_soft_cap: float > 0 or None. Logits become `cap * tanh(logits / cap)`.
         scale: float or None. Multiplies the logits. Defaults to `1 / sqrt(H)`.
-        implementation: str or None. None picks the best that can run here.
+        implementation: str or None. None picks the best that can run here: `"blockwise"`
+            (JAX), which holds O(S) numbers, skips blocks that causality, the window or the
+            documents rule out, and can be differentiated once; `"reference"`, which holds all
+            logits, up to 256 positions and on the other backends.
 
     Returns:
         Tensor `(B, S, N, H)` of the dtype of `value`. Softmax runs in float32 (float64
@@ -64,7 +75,8 @@ def attention(
         query = _zero_padding(query, query_ids)
         key, value = _zero_padding(key, key_ids), _zero_padding(value, key_ids)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    run = registry.choose("attention", implementation)
+    short = all(isinstance(n, int) and n <= DENSE_LENGTH for n in (query.shape[1], key.shape[1]))
+    run = registry.choose("attention", implementation, "reference" if short else None)
     return run(query, key, value, mask, sinks=sinks, logit_soft_cap=logit_soft_cap, scale=scale)
 
 
@@ -104,6 +116,11 @@ def reference_attention(query, key, value, mask, *, sinks, logit_soft_cap, scale
     return ops.cast(out, value.dtype)
 
 
+def _blockwise(*arguments, **options):
+    return blockwise_attention(*arguments, **options)
+
+
+registry.register("attention", "blockwise", _blockwise, registry.only_on("jax"))
 registry.register("attention", "reference", reference_attention)
 
 

@@ -79,15 +79,16 @@ def fused_linear_cross_entropy(
     https://arxiv.org/abs/2410.10989.
     """
     _check_options(z_loss, label_smoothing, logit_soft_cap, reduction, chunk_size)
-    host_labels, host_weights = labels, weights
-    hidden, labels = ops.convert_to_tensor(hidden), ops.convert_to_tensor(labels)
+    hidden = ops.convert_to_tensor(hidden)
     if not isinstance(lm_head, keras.Variable):  # a variable's layout is needed on a mesh
         lm_head = ops.convert_to_tensor(lm_head)
+    labels = ops.convert_to_tensor(_checked_labels(labels, weights, lm_head.shape))
     if weights is None:
         weights = ops.ones_like(labels, dtype="float32")
     weights = ops.cast(weights, "float32")
     _check_shapes(hidden, lm_head, labels, weights)
-    _check_label_values(host_labels, host_weights, lm_head.shape[1])
+    if None in hidden.shape[:-1]:  # on TensorFlow
+        labels, weights = native.match_rows(hidden, labels, weights)
     # V itself may not fit into the labels' own dtype, and not every label into int32.
     labels = ops.cast(labels, "int64" if "int64" in ops.dtype(labels) else "int32")
 
@@ -157,17 +158,9 @@ def _weighted(statistics, weights, per_token):
     return (losses if per_token else ops.sum(losses)), statistics
 
 
-def _only_on(*backends):
-    def probe():
-        backend = keras.config.backend()
-        return None if backend in backends else f"it is written for {backends}, this is {backend}"
-
-    return probe
-
-
-registry.register("fused_linear_cross_entropy", "chunked", _chunked, _only_on(*BACKENDS))
-registry.register("fused_linear_cross_entropy", "streaming", _streaming, _only_on("jax"))
-registry.register("fused_linear_cross_entropy", "pallas", _pallas, _only_on("jax"))
+registry.register("fused_linear_cross_entropy", "chunked", _chunked, registry.only_on(*BACKENDS))
+registry.register("fused_linear_cross_entropy", "streaming", _streaming, registry.only_on("jax"))
+registry.register("fused_linear_cross_entropy", "pallas", _pallas, registry.only_on("jax"))
 registry.register("fused_linear_cross_entropy", "reference", _reference)
 
 
@@ -184,19 +177,19 @@ def _check_options(z_loss, label_smoothing, logit_soft_cap, reduction, chunk_siz
         raise ValueError(f"chunk_size must be a positive int or None, got {chunk_size!r}")
 
 
-def _check_label_values(labels, weights, vocab_size):
+def _checked_labels(labels, weights, head_shape):
     """Host arrays are checked now; a compiled step cannot raise, so there the loss is nan."""
-    if not isinstance(labels, _HOST_ARRAYS):
-        return
-    values = np.asarray(labels)
-    if isinstance(weights, _HOST_ARRAYS):
-        weights = np.broadcast_to(np.asarray(weights) != 0, values.shape)
-        values = values[weights]
-    elif weights is not None:
-        return
-    bad = values[(values < 0) | (values >= vocab_size)]
-    if bad.size:
-        raise ValueError(f"labels must be in [0, {vocab_size}), got {bad.flat[0]}")
+    if not isinstance(labels, _HOST_ARRAYS) or len(head_shape) != 2:
+        return labels
+    labels, vocab_size = np.asarray(labels), head_shape[1]
+    wrong = (labels < 0) | (labels >= vocab_size)
+    if not np.any(wrong) or labels.dtype.kind not in "iu":
+        return labels
+    if weights is None or isinstance(weights, _HOST_ARRAYS):
+        counted = wrong if weights is None else wrong & (np.asarray(weights) != 0)
+        if np.any(counted):
+            raise ValueError(f"labels must be in [0, {vocab_size}), got {labels[counted].flat[0]}")
+    return np.where(wrong, -1, labels)  # which of them count is not known yet; nor do all fit
 
 
 def _check_shapes(hidden, lm_head, labels, weights):

@@ -24,6 +24,16 @@ def register(op, name, function, probe=lambda: None):
     _REGISTRY.setdefault(op, {})[name] = (function, probe)
 
 
+def only_on(*backends):
+    """A probe for `register`: what is written for some backends cannot run on the others."""
+
+    def probe():
+        backend = keras.config.backend()
+        return None if backend in backends else f"it is written for {backends}, this is {backend}"
+
+    return probe
+
+
 def implementations(op):
     """Lists the implementations of an op, best first.
 
@@ -39,7 +49,7 @@ def implementations(op):
     Example:
 
     >>> ops.implementations("attention")
-    {'reference': 'available'}
+    {'blockwise': 'available', 'reference': 'available'}
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _REGISTRY:
@@ -47,15 +57,21 @@ def implementations(op):
     return {key: probe() or "available" for key, (_, probe) in _REGISTRY[name].items()}
 
 
-def choose(op, implementation=None):
+def choose(op, implementation=None, preferred=None):
     """Returns the function to run: the one asked for, or the best that can run here.
+
+    Args:
+        op: str.
+        implementation: str or None, what the user asks for.
+        preferred: str or None, what suits this call better than the best in general.
 
     Raises:
         ValueError: for an unknown name, or one that cannot run here, with the reason.
     """
     status = implementations(op)
     if implementation is None:
-        implementation = next(name for name, why in status.items() if why == "available")
+        best = next(name for name, why in status.items() if why == "available")
+        implementation = preferred or best
         _announce(op, implementation, keras.config.backend())
     if implementation not in status:
         raise ValueError(f"implementation must be one of {list(status)}, got {implementation!r}")

@@ -188,6 +188,19 @@ def test_what_the_kernels_cannot_do_is_refused(dtype, options, message):
         jax.eval_shape(jax.grad(loss, (0, 1)), *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
 
 
+@pytest.mark.parametrize("precision", ["default", "tensorfloat32", "highest"])
+def test_kernels_lower_for_tpu_under_any_precision(precision):
+    hidden, lm_head, labels, _ = arrays()
+
+    def loss(hidden, lm_head):
+        return ops.fused_linear_cross_entropy(hidden, lm_head, labels, implementation="pallas")
+
+    with jax.default_matmul_precision(precision):
+        traced = jax.jit(jax.grad(loss, (0, 1))).trace(hidden, lm_head)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 2
+
+
 def test_second_derivatives_are_refused():
     hidden, lm_head, labels, _ = arrays()
 
@@ -208,7 +221,8 @@ def test_block_sizes_fit_and_are_whole_lanes():
                 assert 128 <= tile < num_columns + 128
     assert kernels.block_sizes(32768, 1024, 128_256) == (2048, 512)
     assert kernels.block_sizes(32768, 1024, 128_256, chunk_size=1000) == (1024, 1024)
-    with pytest.raises(ValueError, match="hidden dim 65536"):
+    assert kernels.block_sizes(32768, 12_000, 128_256) == (128, 128)
+    with pytest.raises(ValueError, match="hidden dim 65536.*use implementation='chunked'"):
         kernels.block_sizes(32768, 65536, 128_256)
 
 

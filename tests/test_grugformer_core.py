@@ -1,8 +1,7 @@
-"""Masks, attention, rotary embedding and configuration against their definitions."""
+"""Masks, rotary embedding and configuration against their definitions."""
 
 import itertools
 
-from gradients import numeric_gradients, value_and_gradients
 from grug_keras import CausalSelfAttention, GrugConfig, Grugformer, ops
 from grug_keras.config import PRESETS
 from hypothesis import given, settings
@@ -13,7 +12,6 @@ import oracle
 import pytest
 
 to_numpy = keras.ops.convert_to_numpy
-PACKED = np.array([[1, 1, 2, 2, 2, 0, 0], [1, 2, 2, 1, 3, 3, 0]])
 
 
 # ----------------------------------------------------------------------------- masks
@@ -63,163 +61,6 @@ def test_mask_refuses_bad_segment_ids(rng):
         ops.attention(x, x, x, ops.AttentionMask().with_segment_ids(np.ones((2, 5), "int32")))
     with pytest.raises(ValueError, match=r"segment_ids.*batch 2"):
         ops.attention(x, x, x, ops.AttentionMask().with_segment_ids(np.ones((3, 4), "int32")))
-
-
-# ------------------------------------------------------------------------- attention
-
-CASES = {
-    "full": {"mask": None},
-    "causal": {"mask": ops.AttentionMask()},
-    "window": {"mask": ops.AttentionMask(sliding_window=3)},
-    "look back only": {"mask": ops.AttentionMask(is_causal=False, sliding_window=2)},
-    "packed": {"mask": ops.AttentionMask(sliding_window=4).with_segment_ids(PACKED)},
-    "bool": {"mask": np.tril(np.ones((7, 7), bool), k=1)},
-    "bool per example": {"mask": np.tril(np.ones((2, 7, 7), bool), k=-1)},
-    "sinks": {"mask": ops.AttentionMask(), "sinks": np.array([-1.0, 0.0, 0.5, 2.0], "float32")},
-    "packed sinks": {
-        "mask": ops.AttentionMask().with_segment_ids(PACKED),
-        "sinks": np.array([-np.inf, 0.0, 0.5, 2.0], "float32"),
-    },
-    "soft cap": {"mask": ops.AttentionMask(), "logit_soft_cap": 2.0},
-    "scale": {"mask": ops.AttentionMask(), "scale": 0.7},
-}
-
-
-def oracle_arguments(case):
-    mask = case["mask"]
-    if isinstance(mask, ops.AttentionMask):
-        ids = mask.segment_ids
-        segments = None if ids is None else tuple(to_numpy(i) for i in ids)
-        mask = oracle.allowed(
-            7, 7, is_causal=mask.is_causal, window=mask.sliding_window, segments=segments
-        )
-    keys = {"sinks": "sinks", "logit_soft_cap": "cap", "scale": "scale"}
-    return {"mask": mask, **{keys[k]: v for k, v in case.items() if k != "mask"}}
-
-
-def qkv(rng, B=2, S=7, N=4, K=2, H=4):
-    return [rng.normal(size=(B, S, heads, H)).astype("float32") for heads in (N, K, K)]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_attention_equals_the_oracle(name, rng):
-    q, k, v = qkv(rng)
-    got = to_numpy(ops.attention(q, k, v, **CASES[name]))
-    want = oracle.attention(q, k, v, **oracle_arguments(CASES[name]))
-    assert oracle.relative_error(got, want) < 2e-6
-
-
-@pytest.mark.parametrize("name", ["full", "packed", "packed sinks", "soft cap"])
-def test_attention_gradients_equal_the_oracle(name, rng):
-    case = dict(CASES[name])
-    arrays = qkv(rng)
-    if "sinks" in case:
-        arrays.append(np.array([-1.0, 0.0, 0.5, 2.0], "float32"))
-        case.pop("sinks")
-    cotangent = rng.normal(size=arrays[0].shape).astype("float32")
-
-    def ours(q, k, v, sinks=None):
-        out = ops.attention(q, k, v, sinks=sinks, **case)
-        return keras.ops.sum(keras.ops.multiply(out, cotangent))
-
-    def truth(q, k, v, sinks=None):
-        arguments = {**oracle_arguments(case), "sinks": sinks}
-        return np.sum(oracle.attention(q, k, v, **arguments) * cotangent)
-
-    for compiled in (False, True):
-        _, got = value_and_gradients(ours, *arrays, compiled=compiled)
-        for g, w in zip(got, numeric_gradients(truth, *arrays), strict=True):
-            assert oracle.relative_error(g, w) < 5e-6
-
-
-def test_attention_in_bfloat16_stays_close(rng):
-    q, k, v = (keras.ops.cast(a, "bfloat16") for a in qkv(rng))
-    got = ops.attention(q, k, v, ops.AttentionMask())
-    assert keras.backend.standardize_dtype(got.dtype) == "bfloat16"
-    rounded = [to_numpy(keras.ops.cast(a, "float32")) for a in (q, k, v)]
-    want = oracle.attention(*rounded, oracle.allowed(7, 7))
-    assert oracle.relative_error(to_numpy(keras.ops.cast(got, "float32")), want) < 4e-3
-
-
-def test_grouped_heads_equal_repeated_heads(rng):
-    q, k, v = qkv(rng)
-    repeated = ops.attention(q, np.repeat(k, 2, 2), np.repeat(v, 2, 2), ops.AttentionMask())
-    grouped = ops.attention(q, k, v, ops.AttentionMask())
-    assert oracle.relative_error(to_numpy(grouped), to_numpy(repeated)) < 1e-6
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_padding_is_exactly_zero_even_when_it_holds_nan(dtype, rng):
-    arrays = qkv(rng)
-    for array in arrays:
-        array[PACKED == 0] = np.nan
-    mask = ops.AttentionMask().with_segment_ids(PACKED)
-
-    def loss(*qkv):
-        out = ops.attention(*(keras.ops.cast(t, dtype) for t in qkv), mask)
-        return keras.ops.sum(keras.ops.cast(out, "float32") ** 2)
-
-    out = ops.attention(*(keras.ops.cast(a, dtype) for a in arrays), mask)
-    out = to_numpy(keras.ops.cast(out, "float32"))
-    assert np.all(out[PACKED == 0] == 0)
-    assert np.all(np.isfinite(out))
-    _, gradients = value_and_gradients(loss, *arrays)
-    for gradient in gradients:
-        assert np.all(np.isfinite(gradient))
-        assert np.all(gradient[PACKED == 0] == 0)
-
-
-def test_packed_documents_equal_each_document_alone(rng):
-    q, k, v = qkv(rng, B=1)
-    ids = np.array([[1, 1, 1, 2, 2, 2, 2]])
-    packed = to_numpy(ops.attention(q, k, v, ops.AttentionMask().with_segment_ids(ids)))
-    for part in (slice(0, 3), slice(3, 7)):
-        alone = ops.attention(q[:, part], k[:, part], v[:, part], ops.AttentionMask())
-        assert oracle.relative_error(packed[:, part], to_numpy(alone)) < 1e-6
-
-
-def test_editing_one_document_leaves_the_other_bitwise_alone(rng):
-    q, k, v = qkv(rng, B=1)
-    ids = np.array([[1, 1, 1, 2, 2, 2, 2]])
-    mask = ops.AttentionMask().with_segment_ids(ids)
-    before = to_numpy(ops.attention(q, k, v, mask))
-    for array in (q, k, v):
-        array[:, :3] += 100.0
-    after = to_numpy(ops.attention(q, k, v, mask))
-    np.testing.assert_array_equal(before[:, 3:], after[:, 3:])
-    assert not np.array_equal(before[:, :3], after[:, :3])
-
-
-def test_limits_of_sinks_and_windows(rng):
-    q, k, v = qkv(rng)
-    causal = to_numpy(ops.attention(q, k, v, ops.AttentionMask()))
-    wide = ops.attention(q, k, v, ops.AttentionMask(sliding_window=7))
-    np.testing.assert_array_equal(to_numpy(wide), causal)
-    for sink, want in ((-np.inf, causal), (-1e9, causal), (1e9, 0 * causal), (np.inf, 0 * causal)):
-        sinks = np.full(4, sink, "float32")
-        got = ops.attention(q, k, v, ops.AttentionMask(), sinks=sinks)
-        np.testing.assert_allclose(to_numpy(got), want, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"query": np.zeros((2, 7, 4), "float32")}, "query must be 4-D"),
-        ({"query": np.zeros((2, 7, 3, 4), "float32")}, "N=3, K=2"),
-        ({"query": np.zeros((2, 7, 4, 4), "int32")}, "query must be a float"),
-        ({"key": np.zeros((2, 6, 2, 4), "float32")}, "key and value"),
-        ({"mask": np.ones((7, 7), "float32")}, "mask must be bool"),
-        ({"mask": np.ones((7, 6), bool)}, r"mask must have shape \(7, 7\)"),
-        ({"sinks": np.zeros(3, "float32")}, r"sinks must have shape \(4,\)"),
-        ({"logit_soft_cap": 0.0}, "logit_soft_cap"),
-        ({"implementation": "splash"}, "implementation.*'splash'"),
-    ],
-)
-def test_attention_refuses_bad_input(change, message, rng):
-    q, k, v = qkv(rng)
-    arguments = {"query": q, "key": k, "value": v, **change}
-    with pytest.raises(ValueError, match=message):
-        ops.attention(**arguments)
 
 
 def test_implementations_are_listed():

@@ -212,13 +212,16 @@ def test_byte_labels_stay_labels(vocab_size, rng):
     assert float(narrow) == float(wide)
 
 
-@pytest.mark.skipif(
-    keras.config.backend() == "jax", reason="JAX has no 64-bit integers unless asked for"
-)
-def test_a_label_beyond_32_bits_is_out_of_range(rng):
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_label_beyond_32_bits_is_out_of_range(on_host, rng):
     hidden, lm_head, labels, _ = batch(rng)
-    labels = keras.ops.convert_to_tensor(labels.astype("int64") + (np.arange(31) == 5) * 2**32)
-    _, found = fused(hidden, lm_head, labels, return_statistics=True)
+    labels = labels.astype("int64") + (np.arange(31) == 5) * 2**32
+    if not on_host:
+        if keras.config.backend() == "jax":
+            pytest.skip("JAX has no 64-bit integers unless asked for")
+        labels = keras.ops.convert_to_tensor(labels)
+    weights = keras.ops.ones(31)
+    _, found = fused(hidden, lm_head, labels, weights=weights, return_statistics=True)
     assert np.isnan(to_numpy(found.losses)).tolist() == [t == 5 for t in range(31)]
 
 
@@ -452,3 +455,55 @@ def test_tokens_unknown_until_the_step_runs(T, rng):
     assert float(loss) == pytest.approx(want, rel=1e-6)
     assert float(half_known(hidden, labels)) == pytest.approx(want, rel=1e-6)
     assert oracle.relative_error(to_numpy(gradient), d_hidden) < 2e-6
+    if T > 1:  # one label is not one for every row
+        with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
+            step(hidden, labels[:1])
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="TensorFlow's eager tape")
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_an_eager_tape_holds_no_logits(reduction, rng, monkeypatch):
+    import weakref
+
+    import tensorflow as tf
+
+    made, product = [], tf.matmul
+
+    def remembered(*arguments, **options):
+        found = product(*arguments, **options)
+        made.append((found.shape[0], weakref.ref(found)))
+        return found
+
+    hidden, lm_head, labels, _ = batch(rng, T=300, D=8, V=1500, pin=False)
+    hidden, lm_head = tf.constant(hidden), tf.constant(lm_head)
+    monkeypatch.setattr(tf, "matmul", remembered)
+    with tf.GradientTape() as tape:
+        tape.watch((hidden, lm_head))
+        loss = tf.reduce_sum(fused(hidden, lm_head, labels, reduction=reduction, chunk_size=50))
+        assert len(made) >= 3
+        assert [rows for rows, tensor in made if tensor() is not None] == []
+    assert oracle.relative_error(
+        to_numpy(tape.gradient(loss, hidden)),
+        oracle.cross_entropy(hidden.numpy(), lm_head.numpy(), labels)[1],
+    ) < 2e-6  # fmt: skip
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="only XLA on TensorFlow")
+@pytest.mark.parametrize("T", [0, 31])
+def test_xla_on_tensorflow_compiles_it(T, rng):
+    """`fit` does so where it can."""
+    import tensorflow as tf
+
+    hidden, lm_head, labels, _ = batch(rng, T=T, pin=False)
+
+    @tf.function(jit_compile=True)
+    def step(hidden, lm_head, labels):
+        with tf.GradientTape() as tape:
+            tape.watch((hidden, lm_head))
+            loss = fused(hidden, lm_head, labels, reduction="sum")
+        return tape.gradient(loss, (hidden, lm_head))
+
+    got = step(*map(tf.constant, (hidden, lm_head, labels)))
+    _, *want = oracle.cross_entropy(hidden, lm_head, labels)
+    for a, b in zip(got, want, strict=True):
+        assert oracle.relative_error(to_numpy(a), b) < 2e-6

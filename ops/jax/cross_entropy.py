@@ -19,11 +19,13 @@ from grug_keras.ops.chunk_loss import (
     soft_cap,
     update_statistics,
 )
+from grug_keras.ops.jax.derivatives import once_differentiable
 from grug_keras.ops.jax.sharding import Placement
 import jax
 import jax.numpy as jnp
 import keras
 
+OP = "fused_linear_cross_entropy"
 # Logits of a token chunk. It reads the head and updates the head's gradient once, so that
 # larger chunks are faster; measured in docs/cross_entropy.md.
 CHUNK_LOGITS = {"cpu": 20_000_000, "tpu": 2**28, "cuda": 2**29, "rocm": 2**29}
@@ -69,7 +71,9 @@ def _total(method, hidden, lm_head, labels, weights, options, placement):
 
 
 def _total_forward(method, hidden, lm_head, labels, weights, options, placement):
-    hidden, lm_head, weights = _once_differentiable((hidden, lm_head, weights))
+    hidden, lm_head, weights = once_differentiable(
+        "fused_linear_cross_entropy", (hidden, lm_head, weights)
+    )
     statistics, d_hidden, d_head = placement.run(
         method, hidden, lm_head, labels, weights, None, options
     )
@@ -100,7 +104,7 @@ def _statistics(method, hidden, lm_head, labels, options, placement):
 
 
 def _statistics_forward(method, hidden, lm_head, labels, options, placement):
-    hidden, lm_head = _once_differentiable((hidden, lm_head))
+    hidden, lm_head = once_differentiable(OP, (hidden, lm_head))
     statistics = _statistics(method, hidden, lm_head, labels, options, placement)
     return statistics, (hidden, lm_head, labels, statistics.logsumexp)
 
@@ -306,17 +310,3 @@ def _tensor(lm_head):
 
 def _like(array):
     return jnp.zeros((), array.dtype)
-
-
-@jax.custom_jvp
-def _once_differentiable(arrays):
-    """The arrays as they are; a derivative of the derivative would hold all the logits."""
-    return arrays
-
-
-@_once_differentiable.defjvp
-def _refuse(primals, tangents):
-    raise NotImplementedError(
-        "fused_linear_cross_entropy can be differentiated once; "
-        "implementation='reference' has further derivatives"
-    )

@@ -33,17 +33,19 @@ def block_sizes(num_tokens, hidden_dim, num_columns, chunk_size=None):
         chunk_size: int, tokens asked for, or None.
 
     Raises:
-        ValueError: if not even 128 columns fit.
+        ValueError: if not even the smallest fit.
     """
-    for size in CHUNK_TOKENS if chunk_size is None else (chunk_size,):
-        size = _whole_lanes(max(1, min(size, num_tokens)))
+    asked = CHUNK_TOKENS if chunk_size is None else (chunk_size,)
+    sizes = [_whole_lanes(max(1, min(size, num_tokens))) for size in asked]
+    for size in sizes:
         tile = _tile_columns(size, hidden_dim, num_columns)
-        if tile >= (LANES if chunk_size else min(NARROWEST_TILE, _whole_lanes(num_columns))):
+        enough = LANES if size == sizes[-1] else min(NARROWEST_TILE, _whole_lanes(num_columns))
+        if tile >= enough:
             return size, tile
     raise ValueError(
         f"implementation='pallas' cannot hold chunks of {size} tokens with hidden dim "
-        f"{hidden_dim} in {VMEM_BYTES // 2**20} MiB of VMEM: use a smaller chunk_size, or "
-        "implementation='chunked'"
+        f"{hidden_dim} in {VMEM_BYTES // 2**20} MiB of VMEM: "
+        + ("use a smaller chunk_size" if size > LANES else "use implementation='chunked'")
     )
 
 
@@ -123,7 +125,7 @@ def _exponentials(rows, lm_head, labels, num_columns, options, tile, interpret):
 
         for start in range(0, C, BLOCK_ROWS):
             at = pl.ds(start, min(BLOCK_ROWS, C - start))
-            logits = jnp.dot(rows[at], head[...], preferred_element_type=jnp.float32)
+            logits = _product(rows[at], head[...])
             column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + first
             if num_columns != V:
                 logits = jnp.where(column < num_columns, logits, _LOWEST)
@@ -178,12 +180,8 @@ def _gradients(rows, lm_head, exponentials, tile_tops, by_row, d_head, tile, int
         d_logits = exponentials[...].astype(jnp.float32) * scale - uniform[...]
         column = jax.lax.broadcasted_iota(jnp.int32, d_logits.shape, 1) + first
         d_logits = jnp.where(column == labels[...], at_label[...], d_logits).astype(jnp.bfloat16)
-        by_column = (((1,), (1,)), ((), ()))
-        d_rows[...] += jax.lax.dot_general(
-            d_logits, head[...], by_column, preferred_element_type=jnp.float32
-        )
-        part = jnp.dot(rows[...], d_logits, preferred_element_type=jnp.float32)
-        d_head[...] = d_head_before[...] + part
+        d_rows[...] += _product(d_logits, head[...], transpose_b=True)
+        d_head[...] = d_head_before[...] + _product(rows[...], d_logits)
 
     return pl.pallas_call(
         kernel,
@@ -206,6 +204,17 @@ def _gradients(rows, lm_head, exponentials, tile_tops, by_row, d_head, tile, int
         interpret=interpret,
         name="cross_entropy_gradients",
     )(rows, lm_head, exponentials, tile_tops, *by_row, d_head)
+
+
+def _product(a, b, transpose_b=False):
+    dimensions = (((1,), (1 if transpose_b else 0,)), ((), ()))
+    return jax.lax.dot_general(
+        a,
+        b,
+        dimensions,
+        precision=jax.lax.Precision.DEFAULT,  # exact for bfloat16; others do not compile
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _row_sum(values):

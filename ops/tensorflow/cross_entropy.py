@@ -53,7 +53,8 @@ def chunked_losses(hidden, lm_head, labels, options):
 
     @tf.custom_gradient
     def losses_with_gradient(hidden, lm_head):
-        statistics = _losses_alone(hidden, lm_head, labels, options)
+        with record.stop_recording():  # an eager tape would hold every chunk's logits
+            statistics = _losses_alone(hidden, lm_head, labels, options)
 
         def gradient(cotangent, *_):
             _, d_hidden, d_head = _loop(hidden, lm_head, labels, cotangent, options)
@@ -62,6 +63,18 @@ def chunked_losses(hidden, lm_head, labels, options):
         return tuple(statistics), gradient
 
     return TokenStatistics(*losses_with_gradient(hidden, _tensor(lm_head)))
+
+
+def match_rows(hidden, labels, weights):
+    """Labels and weights of as many rows as turn up; one would else be broadcast to all."""
+    shape, found = tf.shape(hidden)[:-1], []
+    for name, array in (("labels", labels), ("weights", weights)):
+        message = f"{name} must have one number for every row of hidden"
+        check = tf.debugging.assert_equal(tf.shape(array), shape, message=message)
+        # XLA leaves assertions out, and other graphs leave out such a reshape.
+        with tf.control_dependencies([] if check is None else [check]):
+            found.append(tf.reshape(array, shape))
+    return found
 
 
 def _loop(*arguments):
@@ -184,9 +197,9 @@ def _ceil_div(a, b):
 
 
 def _stack(array, size):
-    """Pads `(T, ...)` with zeros and stacks its chunks: `(T / C, C, ...)`."""
-    trailing = array.shape[1:]
-    padding = -tf.shape(array)[0] % size
+    """Pads `(T, ...)` with zeros and stacks its chunks, at least one: `(T / C, C, ...)`."""
+    trailing, num_tokens = array.shape[1:], tf.shape(array)[0]
+    padding = size * tf.maximum(_ceil_div(num_tokens, size), 1) - num_tokens
     array = tf.pad(array, [[0, padding]] + [[0, 0]] * len(trailing))
     return tf.reshape(array, tf.stack([-1, size, *trailing]))
 

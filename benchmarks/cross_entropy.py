@@ -328,6 +328,7 @@ def worker(backend, folder, task, argument, *more):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        worker(*sys.argv[2:])
+        arguments, sys.argv[1:] = sys.argv[2:], []  # Tokamax takes what is there for its own
+        worker(*arguments)
     else:
         main()

@@ -4,9 +4,10 @@
 
 Every backend has a process of its own, in which the candidates take turns; times are medians,
 and ratios are medians of pairs of one turn, ours over the materialised logits of that backend.
-Memory: XLA's plan on JAX, growth of the peak resident set in a fresh process elsewhere, both
-without the results (the loss, d_hidden and d_head); its ratio leaves one float32 gradient of
-the head aside, which a sum over chunks needs beside the result. Errors: relative L2 to float64.
+Memory: XLA's plan on JAX, elsewhere growth of the peak resident set in a fresh process (which
+Linux alone tells), both without the results (the loss, d_hidden and d_head); its ratio leaves one
+float32 gradient of the head aside, which a sum over chunks needs beside the result. Errors:
+relative L2 to float64.
 Liger's and Cut Cross-Entropy's kernels need a CUDA GPU, Tokamax its package: where they are
 missing the table says so. The numbers are in docs/cross_entropy.md.
 """

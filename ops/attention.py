@@ -43,7 +43,7 @@ def attention(
         implementation: str or None. None picks the best that can run here: `"blockwise"`
             (JAX), which holds O(S) numbers, skips blocks that causality, the window or the
             documents rule out, and can be differentiated once; `"reference"`, which holds all
-            logits, up to 256 positions and on the other backends.
+            logits, up to 256 positions, in float64, and on the other backends.
 
     Returns:
         Tensor `(B, S, N, H)` of the dtype of `value`. Softmax runs in float32 (float64
@@ -76,7 +76,8 @@ def attention(
         key, value = _zero_padding(key, key_ids), _zero_padding(value, key_ids)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     short = all(isinstance(n, int) and n <= DENSE_LENGTH for n in (query.shape[1], key.shape[1]))
-    run = registry.choose("attention", implementation, "reference" if short else None)
+    dense = short or "float64" in map(ops.dtype, (query, key, value))
+    run = registry.choose("attention", implementation, "reference" if dense else None)
     return run(query, key, value, mask, sinks=sinks, logit_soft_cap=logit_soft_cap, scale=scale)
 
 
@@ -116,8 +117,11 @@ def reference_attention(query, key, value, mask, *, sinks, logit_soft_cap, scale
     return ops.cast(out, value.dtype)
 
 
-def _blockwise(*arguments, **options):
-    return blockwise_attention(*arguments, **options)
+def _blockwise(query, key, value, mask, **options):
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if ops.dtype(tensor) == "float64":
+            raise ValueError(f"implementation='blockwise' computes in float32, {name} is float64")
+    return blockwise_attention(query, key, value, mask, **options)
 
 
 registry.register("attention", "blockwise", _blockwise, registry.only_on("jax"))

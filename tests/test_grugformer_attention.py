@@ -183,7 +183,9 @@ def test_attention_refuses_bad_input(attention, change, message, rng):
         attention(**arguments)
 
 
-@pytest.mark.skipif("blockwise" not in IMPLEMENTATIONS, reason="no blockwise implementation here")
+@pytest.mark.skipif(
+    "blockwise" not in IMPLEMENTATIONS, reason="blocks are written for JAX alone so far"
+)
 @settings(deadline=None, max_examples=10, phases=set(Phase) - {Phase.shrink}, derandomize=True)
 @given(
     S=st.integers(1, 20),
@@ -232,7 +234,9 @@ def test_any_shape_mask_and_block(S, T, block, is_causal, window, packed, has_si
         assert np.linalg.norm(g - w) <= 5e-6 * max(np.linalg.norm(w), 1e-3)
 
 
-@pytest.mark.skipif("blockwise" not in IMPLEMENTATIONS, reason="no blockwise implementation here")
+@pytest.mark.skipif(
+    "blockwise" not in IMPLEMENTATIONS, reason="blocks are written for JAX alone so far"
+)
 def test_blockwise_holds_no_square_of_the_length():
     """And at 300 positions it is what runs."""
     import jax
@@ -255,7 +259,9 @@ def test_blockwise_holds_no_square_of_the_length():
     assert temporary_bytes(32768) - temporary_bytes(16384) < 2.2 * first
 
 
-@pytest.mark.skipif("blockwise" not in IMPLEMENTATIONS, reason="no blockwise implementation here")
+@pytest.mark.skipif(
+    "blockwise" not in IMPLEMENTATIONS, reason="blocks are written for JAX alone so far"
+)
 def test_blockwise_refuses_a_second_derivative(rng):
     q, k, v = qkv(rng)
 
@@ -264,3 +270,16 @@ def test_blockwise_refuses_a_second_derivative(rng):
 
     with pytest.raises(NotImplementedError, match="attention can be differentiated once"):
         second_derivative(loss, q)
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="only JAX rounds float64 to float32")
+def test_float64_is_not_rounded(rng):
+    import jax
+
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        q, k, v = (jax.numpy.asarray(rng.normal(size=(1, 300, 2, 4))) for _ in range(3))
+        got = to_numpy(ops.attention(q, k, v))
+        with pytest.raises(ValueError, match="computes in float32, query is float64"):
+            ops.attention(q, k, v, implementation="blockwise")
+    assert got.dtype == "float64"
+    assert oracle.relative_error(got, oracle.attention(*map(to_numpy, (q, k, v)))) < 1e-12

@@ -14,14 +14,13 @@ missing the table says so. The numbers are in docs/cross_entropy.md.
 
 import importlib.util
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
 
 import click
+from measure import call_worker, finished, peak_growth, prepare, relative_error
 import numpy as np
 
 BACKENDS = ("jax", "torch", "tensorflow")
@@ -106,66 +105,6 @@ def keras_loss():
     return lambda h, w, y: loss(y, keras.ops.matmul(h, w))
 
 
-def prepare(backend, loss, data, gradients):
-    """A function without arguments that runs it to the end, and its temporary bytes or None."""
-    if backend == "jax":
-        import jax
-
-        function = jax.value_and_grad(loss, (0, 1)) if gradients else loss
-        arrays = [jax.numpy.asarray(a) for a in data]
-        compiled = jax.jit(function).lower(*arrays).compile()
-        temporary = compiled.memory_analysis().temp_size_in_bytes
-        return lambda: jax.block_until_ready(compiled(*arrays)), temporary
-    if backend == "torch":
-        import torch
-
-        h, w, y = (torch.tensor(a) for a in data)
-
-        def run():
-            if not gradients:
-                with torch.no_grad():
-                    return loss(h, w, y)
-            inputs = [t.detach().requires_grad_() for t in (h, w)]
-            value = loss(*inputs, y)
-            return value.detach(), torch.autograd.grad(value, inputs)
-
-        return run, None
-    import tensorflow as tf
-
-    arrays = [tf.constant(a) for a in data]
-
-    @tf.function
-    def step(h, w, y):
-        if not gradients:
-            return loss(h, w, y)
-        with tf.GradientTape() as tape:
-            tape.watch((h, w))
-            value = loss(h, w, y)
-        return value, tape.gradient(value, (h, w))
-
-    return lambda: step(*arrays), None
-
-
-def resident(field):
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def peak_growth(run, results):
-    """Bytes by which the peak resident set grows in one run, without its results."""
-    before = resident("VmRSS")
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    kept = run()
-    grown = resident("VmHWM") - before - results
-    del kept
-    return max(0, grown)
-
-
-def relative_error(got, want):
-    got = np.asarray(got, np.float64)
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
 def load(folder):
     return [np.load(folder / f"{name}.npy") for name in ("hidden", "lm_head", "labels")]
 
@@ -178,7 +117,7 @@ def worker_times(backend, folder, repeats):
     for part, gradients in (("gradients", True), ("loss", False)):
         runs = {}
         for name, loss in globals()[f"{backend}_candidates"]().items():
-            runs[name], temporary = prepare(backend, loss, data, gradients)
+            runs[name], temporary = prepare(backend, loss, data, 2 * gradients)
             result = runs[name]()  # compiles
             row = found.setdefault(name, {"errors": [], "seconds": {}, "temporary": {}})
             row["temporary"][part] = temporary
@@ -193,9 +132,7 @@ def worker_times(backend, folder, repeats):
         for _ in range(repeats):
             for name, run in runs.items():
                 begin = time.perf_counter()
-                kept = run()
-                if backend == "tensorflow":  # eager results may still be on their way
-                    kept = keras.ops.convert_to_numpy(kept[0] if gradients else kept)
+                kept = finished(backend, run())
                 found[name]["seconds"][part].append(time.perf_counter() - begin)
                 del kept
     return found
@@ -207,8 +144,8 @@ def worker_memory(backend, folder, name, part):
     loss = globals()[f"{backend}_candidates"]()[name]
     small = [data[0][:8], data[1][:, :64].copy(), data[2][:8] % 64]
     gradients = part == "gradients"
-    prepare(backend, loss, small, gradients)[0]()  # threads, libraries
-    run, _ = prepare(backend, loss, data, gradients)
+    prepare(backend, loss, small, 2 * gradients)[0]()  # threads, libraries
+    run, _ = prepare(backend, loss, data, 2 * gradients)
     return peak_growth(run, gradients * (data[0].nbytes + data[1].nbytes))
 
 
@@ -237,18 +174,6 @@ def write_truth(folder, T, D, V):
     arrays |= {"loss": np.float64(total / T), "d_hidden": d_hidden, "d_head": d_head}
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-
-
-def call_worker(backend, folder, *arguments):
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", backend, str(folder), *map(str, arguments)],
-        env={**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL if backend == "tensorflow" else None,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(backend, found, head_bytes):
@@ -293,11 +218,11 @@ def main(tokens, hidden, vocabulary, repeats, backends, path):
         folder = pathlib.Path(name)
         write_truth(folder, tokens, hidden, vocabulary)
         for backend in backends.split(","):
-            found = call_worker(backend, folder, "times", repeats)
+            found = call_worker(__file__, backend, folder, "times", repeats)
             for candidate, row in found.items():
                 if backend != "jax":
                     for part in row["temporary"]:
-                        grown = call_worker(backend, folder, "memory", candidate, part)
+                        grown = call_worker(__file__, backend, folder, "memory", candidate, part)
                         row["temporary"][part] = grown
             rows += table(backend, found, 4 * hidden * vocabulary)
             for row in [row for row in rows if row["backend"] == backend]:

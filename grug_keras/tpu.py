@@ -30,6 +30,28 @@ def compile_for(function, arguments, kind):
         ModuleNotFoundError: without libtpu.
     """
     import jax
+
+    sharding = jax.sharding.SingleDeviceSharding(topology(kind).devices[0])
+
+    def on_tpu(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.jit(function).lower(*jax.tree.map(on_tpu, tuple(arguments))).compile()
+
+
+def topology(kind):
+    """The devices of the smallest slice of a TPU kind, to compile for.
+
+    Args:
+        kind: str, one of `TOPOLOGIES`.
+
+    Returns:
+        What `jax.experimental.topologies.get_topology_desc` does: `.devices`.
+
+    Raises:
+        ValueError: for an unknown kind.
+        ModuleNotFoundError: without libtpu.
+    """
     from jax.experimental import topologies
 
     if kind not in TOPOLOGIES:
@@ -41,13 +63,7 @@ def compile_for(function, arguments, kind):
             'compiling for TPUs needs libtpu: pip install "jax[tpu]"'
         ) from None
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu asks the network
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind])
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-
-    def on_tpu(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.jit(function).lower(*jax.tree.map(on_tpu, tuple(arguments))).compile()
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind])
 
 
 def static_cycles(hlo_text):

@@ -1,15 +1,19 @@
 """Attention: contract, checks, reference implementation."""
 
+import importlib
 import math
+from numbers import Real
 
-from grug_keras.ops import registry
+from grug_keras.ops import attention_mask, registry
 from grug_keras.ops.attention_mask import AttentionMask
 import keras
 from keras import ops
 
-if keras.config.backend() == "jax":
-    from grug_keras.ops.jax.attention import blockwise_attention
-
+BACKENDS = ("jax", "tensorflow", "torch")
+native = None
+if keras.config.backend() in BACKENDS:  # now: torch.compile does not trace an import
+    native = importlib.import_module(f"grug_keras.ops.{keras.config.backend()}.attention")
+    attention_mask.plan_documents = native.plan_documents
 
 # Up to this length all logits at once are faster than blocks of them.
 DENSE_LENGTH = 256
@@ -40,10 +44,19 @@ def attention(
             softmax denominator and nothing else.
         logit_soft_cap: float > 0 or None. Logits become `cap * tanh(logits / cap)`.
         scale: float or None. Multiplies the logits. Defaults to `1 / sqrt(H)`.
-        implementation: str or None. None picks the best that can run here: `"blockwise"`
-            (JAX), which holds O(S) numbers, skips blocks that causality, the window or the
-            documents rule out, and can be differentiated once; `"reference"`, which holds all
-            logits, up to 256 positions, in float64, and on the other backends.
+        implementation: str or None. None picks the best for the backend, the device (on JAX the
+            platform that is compiled for) and the call: `"reference"`, which holds all logits,
+            up to 256 positions and in float64; else, in O(S) memory and without work for
+            blocks that causality, the window or the documents rule out,
+
+            - on TPUs `"splash"`, JAX's kernel; bfloat16 or float32, no dense mask.
+            - on Hopper GPUs `"cudnn"` through JAX; half precision, no soft cap. Sinks and
+              documents only if it is asked for.
+            - on PyTorch `"sdpa"`, without sinks and soft cap (its mask of a window or of
+              documents is O(S^2) bytes), and on GPUs `"flex"`, FlexAttention.
+            - everywhere `"blockwise"`.
+
+            All but the reference can be differentiated once.
 
     Returns:
         Tensor `(B, S, N, H)` of the dtype of `value`. Softmax runs in float32 (float64
@@ -68,16 +81,21 @@ def attention(
     sinks = None if sinks is None else ops.convert_to_tensor(sinks)
     if not (mask is None or isinstance(mask, AttentionMask)):
         mask = ops.convert_to_tensor(mask)
-    _check(query, key, value, mask, sinks, logit_soft_cap)
+    _check(query, key, value, mask, sinks, logit_soft_cap, scale)
     if isinstance(mask, AttentionMask) and mask.segment_ids is not None:
         # 0 * nan is nan: garbage in padded rows must not reach a product at all.
         query_ids, key_ids = mask.segment_ids
         query = _zero_padding(query, query_ids)
         key, value = _zero_padding(key, key_ids), _zero_padding(value, key_ids)
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    short = all(isinstance(n, int) and n <= DENSE_LENGTH for n in (query.shape[1], key.shape[1]))
-    dense = short or "float64" in map(ops.dtype, (query, key, value))
-    run = registry.choose("attention", implementation, "reference" if dense else None)
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    logit_soft_cap = None if logit_soft_cap is None else float(logit_soft_cap)
+    if implementation is not None:
+        run = registry.choose("attention", implementation)
+    elif native is not None and _is_blocked(query, key, value):
+        run = native.best_attention
+    else:
+        registry.announce("attention", f"'reference' up to {DENSE_LENGTH} positions")
+        run = reference_attention
     return run(query, key, value, mask, sinks=sinks, logit_soft_cap=logit_soft_cap, scale=scale)
 
 
@@ -101,8 +119,9 @@ def reference_attention(query, key, value, mask, *, sinks, logit_soft_cap, scale
     # The maximum only keeps exp in range; the result does not depend on it.
     peak = ops.max(logits, axis=-1, keepdims=True)
     if sinks is not None:
-        sinks = ops.reshape(ops.cast(sinks, compute), (1, K, G, 1, 1))
-        peak = ops.minimum(ops.maximum(peak, sinks), 1e30)  # a sink of +inf must not give nan
+        sinks = ops.clip(ops.cast(sinks, compute), -1e30, 1e30)  # +-inf must not give nan
+        sinks = ops.reshape(sinks, (1, K, G, 1, 1))
+        peak = ops.maximum(peak, sinks)
     peak = ops.stop_gradient(peak)
     weights = ops.exp(logits - peak)
     if allowed is not None:
@@ -117,15 +136,10 @@ def reference_attention(query, key, value, mask, *, sinks, logit_soft_cap, scale
     return ops.cast(out, value.dtype)
 
 
-def _blockwise(query, key, value, mask, **options):
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if ops.dtype(tensor) == "float64":
-            raise ValueError(f"implementation='blockwise' computes in float32, {name} is float64")
-    return blockwise_attention(query, key, value, mask, **options)
-
-
-registry.register("attention", "blockwise", _blockwise, registry.only_on("jax"))
-registry.register("attention", "reference", reference_attention)
+def _is_blocked(*tensors):
+    """Whether blocks are better than all logits at once, which alone compute in float64."""
+    long = any(t.shape[1] is None or t.shape[1] > DENSE_LENGTH for t in tensors)
+    return long and "float64" not in map(ops.dtype, tensors)
 
 
 def _heads_first(x, shape):
@@ -147,7 +161,7 @@ def _zero_padding(x, segment_ids):
     return ops.where(keep, x, ops.zeros((), dtype=x.dtype))
 
 
-def _check(query, key, value, mask, sinks, logit_soft_cap):
+def _check(query, key, value, mask, sinks, logit_soft_cap, scale):
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if len(tensor.shape) != 4:
             raise ValueError(f"{name} must be 4-D (B, S, N, H), got shape {tuple(tensor.shape)}")
@@ -164,6 +178,10 @@ def _check(query, key, value, mask, sinks, logit_soft_cap):
         raise ValueError(f"query heads must be a multiple of key heads, got N={N}, K={K}")
     if sinks is not None and tuple(sinks.shape) != (N,):
         raise ValueError(f"sinks must have shape ({N},), got {tuple(sinks.shape)}")
+    for name, number in (("logit_soft_cap", logit_soft_cap), ("scale", scale)):
+        # A tensor would lose its gradient: what is learnt belongs into the query.
+        if not (number is None or isinstance(number, Real)):
+            raise ValueError(f"{name} must be a Python number or None, got {number!r}")
     if logit_soft_cap is not None and not logit_soft_cap > 0:
         raise ValueError(f"logit_soft_cap must be positive or None, got {logit_soft_cap}")
     if isinstance(mask, AttentionMask):
@@ -179,3 +197,17 @@ def _check(query, key, value, mask, sinks, logit_soft_cap):
             raise ValueError(
                 f"mask must have shape {(S, T)} or {(B, S, T)}, got {tuple(mask.shape)}"
             )
+
+
+# Where each is written for; whether it can run on this machine is for the backend to say.
+for _name, _backends in {
+    "splash": ("jax",),
+    "cudnn": ("jax",),
+    "sdpa": ("torch",),
+    "flex": ("torch",),
+    "blockwise": BACKENDS,
+}.items():
+    _absent = (None, registry.only_on(*_backends))
+    _found = getattr(native, "IMPLEMENTATIONS", {}).get(_name, _absent)
+    registry.register("attention", _name, *_found)
+registry.register("attention", "reference", reference_attention)

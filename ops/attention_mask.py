@@ -4,8 +4,12 @@ import dataclasses
 from numbers import Integral
 from typing import Any
 
+import keras
 from keras import ops
 import numpy as np
+
+# Makes what the backend's kernel reads of a mask's documents; attention.py sets it.
+plan_documents = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,6 +39,8 @@ class AttentionMask:
     is_causal: bool = True
     sliding_window: int | None = None
     segment_ids: Any = None
+    # What a kernel reads of the documents: made once, for all layers that are given this mask.
+    plan: Any = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self):
         if not isinstance(self.is_causal, bool):
@@ -53,7 +59,12 @@ class AttentionMask:
                 )
             query_ids = _as_segment_ids(pair[0])
             key_ids = query_ids if pair[1] is pair[0] else _as_segment_ids(pair[1])
+            if ops.dtype(query_ids) != ops.dtype(key_ids):
+                wider = keras.backend.result_type(ops.dtype(query_ids), ops.dtype(key_ids))
+                query_ids, key_ids = ops.cast(query_ids, wider), ops.cast(key_ids, wider)
             object.__setattr__(self, "segment_ids", (query_ids, key_ids))
+            if plan_documents is not None:
+                object.__setattr__(self, "plan", plan_documents(self))
 
     def with_segment_ids(self, q, kv=None):
         """Returns this mask with the documents of a packed batch.
@@ -101,8 +112,10 @@ class AttentionMask:
 
 
 def _as_segment_ids(ids):
-    if isinstance(ids, np.ndarray) and ids.size and ids.min() < 0:
-        raise ValueError(f"segment_ids must be 0 (padding) or more, got {ids.min()}")
+    if isinstance(ids, np.ndarray) and ids.size and ids.dtype.kind in "iu":
+        for found in (ids.min(), ids.max()):
+            if not 0 <= found < 2**31:
+                raise ValueError(f"segment_ids must be 0 (padding) to 2**31 - 1, got {found}")
     ids = ops.convert_to_tensor(ids)
     if len(ids.shape) != 2 or not ops.dtype(ids).startswith(("int", "uint")):
         raise ValueError(

@@ -5,6 +5,14 @@ import logging
 
 import keras
 
+if keras.config.backend() == "torch":
+    from torch.compiler import is_compiling as _is_compiling  # it cannot compile a log entry
+else:
+
+    def _is_compiling():
+        return False
+
+
 logger = logging.getLogger("grug_keras.ops")
 
 # op name -> {implementation name: (function, probe)}, best first. A probe returns None
@@ -48,8 +56,8 @@ def implementations(op):
 
     Example:
 
-    >>> ops.implementations("attention")
-    {'blockwise': 'available', 'reference': 'available'}
+    >>> ops.implementations("fused_linear_cross_entropy")["reference"]
+    'available'
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _REGISTRY:
@@ -57,22 +65,20 @@ def implementations(op):
     return {key: probe() or "available" for key, (_, probe) in _REGISTRY[name].items()}
 
 
-def choose(op, implementation=None, preferred=None):
+def choose(op, implementation=None):
     """Returns the function to run: the one asked for, or the best that can run here.
 
     Args:
         op: str.
         implementation: str or None, what the user asks for.
-        preferred: str or None, what suits this call better than the best in general.
 
     Raises:
         ValueError: for an unknown name, or one that cannot run here, with the reason.
     """
     status = implementations(op)
     if implementation is None:
-        best = next(name for name, why in status.items() if why == "available")
-        implementation = preferred or best
-        _announce(op, implementation, keras.config.backend())
+        implementation = next(name for name, why in status.items() if why == "available")
+        announce(op, repr(implementation))
     if implementation not in status:
         raise ValueError(f"implementation must be one of {list(status)}, got {implementation!r}")
     if status[implementation] != "available":
@@ -82,6 +88,12 @@ def choose(op, implementation=None, preferred=None):
     return _REGISTRY[op][implementation][0]
 
 
+def announce(op, what):
+    """Says in the log, once, what a call without `implementation` runs as."""
+    if not _is_compiling():
+        _say_once(op, what)
+
+
 @functools.cache
-def _announce(op, implementation, backend):
-    logger.info("%s runs as %r on %s", op, implementation, backend)
+def _say_once(op, what):
+    logger.info("%s runs as %s on %s", op, what, keras.config.backend())

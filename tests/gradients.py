@@ -27,7 +27,9 @@ def value_and_gradients(function, *arrays, compiled=False):
     else:
         import torch
 
-        tensors = [torch.tensor(a, requires_grad=True) for a in arrays]
+        # On the device of Keras.
+        tensors = [keras.ops.convert_to_tensor(a).detach().clone() for a in arrays]
+        tensors = [tensor.requires_grad_() for tensor in tensors]
         value = function(*tensors)
         gradients = torch.autograd.grad(value, tensors)
         value = value.detach()

@@ -19,6 +19,7 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 OTHERS = ["tensorflow", "torch"]
 SUITE = [
+    "test_attention_torch.py",
     "test_grugformer_attention.py",
     "test_grugformer_core.py",
     "test_grugformer_model_loss.py",

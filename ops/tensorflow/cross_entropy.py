@@ -14,10 +14,12 @@ from grug_keras.ops.chunk_loss import (
     soft_cap,
     update_statistics,
 )
+from grug_keras.ops.tensorflow.derivatives import finish
 from keras import ops
 import tensorflow as tf
 from tensorflow.python.eager import record  # nothing public tells whether a tape watches
 
+OP = "fused_linear_cross_entropy"
 CHUNK_LOGITS = {"CPU": 2**24, "GPU": 2**29}
 SLABS = 8
 MOST_COLUMNS = 512  # half a dozen temporaries of a vocabulary chunk live side by side
@@ -40,7 +42,7 @@ def chunked_total(hidden, lm_head, labels, weights, options):
         def gradient(cotangent, *_):
             found = (d_hidden, d_head, statistics.losses)
             sources = (hidden, lm_head, weights)
-            return _finish([cotangent * g for g in found], sources, hidden)
+            return finish(OP, [cotangent * g for g in found], sources)
 
         return (tf.reduce_sum(weights * statistics.losses), *statistics), gradient
 
@@ -58,7 +60,7 @@ def chunked_losses(hidden, lm_head, labels, options):
 
         def gradient(cotangent, *_):
             _, d_hidden, d_head = _loop(hidden, lm_head, labels, cotangent, options)
-            return _finish((d_hidden, d_head), (hidden, lm_head), hidden)
+            return finish(OP, (d_hidden, d_head), (hidden, lm_head))
 
         return tuple(statistics), gradient
 
@@ -207,22 +209,3 @@ def _stack(array, size):
 def _tensor(lm_head):
     """From a Keras variable too; of one, Keras makes a `tf.Variable`."""
     return tf.convert_to_tensor(ops.convert_to_tensor(lm_head))
-
-
-def _finish(gradients, sources, hidden):
-    """Gradients in the dtype of what they belong to, which cannot be differentiated."""
-    pairs = zip(gradients, sources, strict=True)
-    return tuple(_once_differentiable(tf.cast(g, source.dtype), hidden) for g, source in pairs)
-
-
-@tf.custom_gradient
-def _once_differentiable(gradient, source):
-    """The gradient as it is; without this, a second derivative would take it for a constant."""
-
-    def refuse(*_):
-        raise NotImplementedError(
-            "fused_linear_cross_entropy can be differentiated once; "
-            "implementation='reference' has further derivatives"
-        )
-
-    return tf.identity(gradient), refuse

@@ -1,9 +1,11 @@
 """Linear cross-entropy on PyTorch: a loop over token chunks, gradients in the forward pass."""
 
 from grug_keras.ops.chunk_loss import TokenStatistics, chunk_tokens, losses_from
+from grug_keras.ops.torch.derivatives import finish
 from keras import ops
 import torch
 
+OP = "fused_linear_cross_entropy"
 CHUNK_LOGITS = {"cpu": 24_000_000, "cuda": 2**29}
 _DTYPES = (torch.float32, torch.float32, torch.int32)
 
@@ -40,7 +42,7 @@ class _Total(torch.autograd.Function):
         d_hidden, d_head, losses, *sources = ctx.saved_tensors
         found = (d_hidden, d_head, losses)
         gradients = [None if d is None else cotangent * d for d in found]
-        d_hidden, d_head, d_weights = _finish(gradients, (*sources, losses), sources[0])
+        d_hidden, d_head, d_weights = finish(OP, gradients, (*sources, losses))
         return d_hidden, d_head, None, d_weights, None
 
 
@@ -60,31 +62,7 @@ class _Losses(torch.autograd.Function):
             _, *gradients = _loop(
                 hidden, lm_head, labels, cotangent, ctx.options, wanted=ctx.needs_input_grad[:2]
             )
-        return *_finish(gradients, (hidden, lm_head), hidden), None, None
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """A gradient that cannot be differentiated; without it, it would count as a constant."""
-
-    @staticmethod
-    def forward(ctx, gradient, source):
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(
-            "fused_linear_cross_entropy can be differentiated once; "
-            "implementation='reference' has further derivatives"
-        )
-
-
-def _finish(gradients, sources, hidden):
-    """Gradients in the dtype of what they belong to."""
-    pairs = zip(gradients, sources, strict=True)
-    gradients = [None if g is None else g.to(source.dtype) for g, source in pairs]
-    if not torch.is_grad_enabled():  # no `create_graph`
-        return gradients
-    return [None if g is None else _OnceDifferentiable.apply(g, hidden) for g in gradients]
+        return *finish(OP, gradients, (hidden, lm_head)), None, None
 
 
 def _loop(hidden, lm_head, labels, weights, options, wanted=(False, False)):

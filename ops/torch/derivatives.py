@@ -1,0 +1,34 @@
+"""Refusing the derivative of a gradient that was written by hand."""
+
+import torch
+
+
+def finish(op, gradients, sources):
+    """Gradients in the dtypes of what they belong to, which cannot be differentiated.
+
+    Args:
+        op: str, for the message.
+        gradients: tensors or None.
+        sources: as many tensors, the first of which stands for all in a second derivative.
+    """
+    pairs = zip(gradients, sources, strict=True)
+    gradients = [None if g is None else g.to(source.dtype) for g, source in pairs]
+    if not torch.is_grad_enabled():  # no `create_graph`
+        return gradients
+    return [None if g is None else _OnceDifferentiable.apply(g, sources[0], op) for g in gradients]
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient that cannot be differentiated; without it, it would count as a constant."""
+
+    @staticmethod
+    def forward(ctx, gradient, source, op):
+        ctx.op = op
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            f"{ctx.op} can be differentiated once; "
+            "implementation='reference' has further derivatives"
+        )

@@ -1,0 +1,91 @@
+"""Attention on 8 virtual devices, for test_attention_jax.py: prints JSON.
+
+For every mesh: the largest relative difference to one device, and the collectives that the
+compiled program of output and gradients holds.
+"""
+
+import os
+
+os.environ.update(KERAS_BACKEND="jax", JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu")
+
+import functools
+import json
+
+from grug_keras import ops
+from grug_keras.ops.jax import attention as native
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+import keras
+from mesh_equality import collectives, wide
+import numpy as np
+
+S, N, K, H = 300, 8, 2, 8
+MESHES = {"data": (8, 1), "data and heads": (4, 2), "more devices than key heads": (2, 4)}
+SEGMENTS = np.sort(np.random.default_rng(1).integers(0, 4, (8, S)), axis=1)
+CALLS = {
+    "packed": {"mask": ops.AttentionMask(), "packed": True, "sinks": True},
+    "window": {"mask": ops.AttentionMask(sliding_window=40), "packed": False, "sinks": False},
+    "dense": {"mask": np.tri(S, dtype=bool), "packed": False, "sinks": False},
+    "splash": {"mask": ops.AttentionMask(), "packed": True, "sinks": True, "kernel": True},
+}
+
+
+def make_call(mask, packed, sinks, kernel=False):
+    """A compiled function of `(q, k, v, sinks, segment ids)`: output and gradients."""
+    run = ops.attention
+    if kernel:  # as on a TPU, but interpreted
+        interpreted = functools.partial(native.splash_attention, interpret=True)
+        run = functools.partial(native.on_mesh, interpreted, scale=H**-0.5, logit_soft_cap=None)
+
+    def loss(arrays, ids):
+        q, k, v, values = arrays
+        found = mask.with_segment_ids(ids) if packed else mask
+        out = run(q, k, v, found, sinks=values if sinks else None)
+        return (out * np.cos(np.arange(out.size)).reshape(out.shape)).sum(), out
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def run(batch, mesh=None, shape=(1, 1)):
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(batch, S, heads, H)).astype("float32") for heads in (N, K, K)]
+    arrays.append(rng.normal(size=N).astype("float32"))
+    ids = SEGMENTS[:batch]
+    if mesh is not None:
+        data = "data" if batch % shape[0] == 0 else None
+        heads = [("model" if n % shape[1] == 0 else None) for n in (N, K, K)]
+        specs = [*(PartitionSpec(data, None, h) for h in heads), PartitionSpec()]
+        arrays = [
+            jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True)
+        ]
+        ids = jax.device_put(ids, NamedSharding(mesh, PartitionSpec(data)))
+    results = {}
+    for name, options in CALLS.items():
+        call = make_call(**options).lower(arrays, ids).compile()
+        results[name] = jax.tree.leaves(call(arrays, ids)), collectives(call)
+    return results
+
+
+def main():
+    report = {}
+    for batch in (8, 3):  # the second divides by no mesh
+        alone = run(batch)
+        for name, shape in MESHES.items():
+            mesh = keras.distribution.DeviceMesh(shape, ("data", "model"))
+            layouts = keras.distribution.LayoutMap(mesh)
+            distribution = keras.distribution.ModelParallel(
+                layout_map=layouts, batch_dim_name="data"
+            )
+            with distribution.scope():
+                split = run(batch, mesh.backend_mesh, shape)
+            for call in CALLS:
+                pairs = zip(*(map(wide, r[call][0]) for r in (split, alone)), strict=True)
+                # An unused sink has gradients of 0.
+                error = max(np.linalg.norm(a - b) / max(1, np.linalg.norm(b)) for a, b in pairs)
+                found = split[call][1]
+                report[f"{name}, {call}, {batch}"] = {"error": float(error), **found}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

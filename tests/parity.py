@@ -42,9 +42,11 @@ def measure(model):
         hidden, head, labels, weights=weights, z_loss=1e-3, logit_soft_cap=5.0
     )
     start = model.get_weights()
-    model.compile(keras.optimizers.SGD(1.0))
+    # A step this long leaves nothing of the weight it started from to round the gradient.
+    rate = 1024.0
+    model.compile(keras.optimizers.SGD(rate))
     history = model.fit(inputs, labels, sample_weight=weights, verbose=0, shuffle=False)
-    gradients = [a - b for a, b in zip(start, model.get_weights(), strict=True)]
+    gradients = [(a - b) / rate for a, b in zip(start, model.get_weights(), strict=True)]
     model.set_weights(start)
     model.compile(keras.optimizers.Muon(0.02, exclude_layers=["lm_head"], adam_lr_ratio=0.3))
     model.fit(inputs, labels, sample_weight=weights, verbose=0, shuffle=False, epochs=3)

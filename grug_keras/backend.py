@@ -3,17 +3,27 @@
 This module imports Keras only inside its functions: the choice must come before.
 """
 
+import json
 import os
 import pathlib
 import sys
 
+# What Keras writes into a new keras.json, whatever backend runs, and TensorFlow too when
+# anything imports it: nobody's choice.
+_UNTOUCHED = {
+    "floatx": "float32",
+    "epsilon": 1e-07,
+    "backend": "tensorflow",
+    "image_data_format": "channels_last",
+}
 _reason = None
 
 
 def choose_backend():
     """Sets `KERAS_BACKEND=jax` unless the user chose a backend, and imports Keras.
 
-    `KERAS_BACKEND`, a `keras.json` and an already imported Keras are choices, and are kept.
+    `KERAS_BACKEND`, a `keras.json` that somebody edited and an already imported Keras are
+    choices, and are kept.
     """
     global _reason
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets on stderr otherwise
@@ -23,7 +33,7 @@ def choose_backend():
     settings = _settings_path()
     if os.environ.get("KERAS_BACKEND"):
         _reason = "KERAS_BACKEND is set"
-    elif settings.exists():
+    elif _is_edited(settings):
         _reason = f"chosen in {settings}"
     else:
         _reason = "the default of grug_keras; set KERAS_BACKEND to choose another"
@@ -48,6 +58,17 @@ def _settings_path():
         base = os.path.expanduser("~")
         home = os.path.join(base if os.access(base, os.W_OK) else "/tmp", ".keras")
     return pathlib.Path(home).expanduser() / "keras.json"
+
+
+def _is_edited(settings):
+    """Whether a settings file holds more than the software's own defaults."""
+    try:
+        found = json.loads(settings.read_text())
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True  # Keras says what it makes of it
+    return {"nnx_enabled": False, **found} != {"nnx_enabled": False, **_UNTOUCHED}
 
 
 def _import_keras_without_leaving(settings):

@@ -34,6 +34,13 @@ def test_jax_is_the_default_on_the_first_start_and_on_the_second(tmp_path):
         assert not (tmp_path / ".keras" / "keras.json").exists()
 
 
+def test_a_settings_file_that_tensorflow_left_is_no_choice(tmp_path):
+    """Keras's data adapters import it, and so does TFDS: else the second run would change."""
+    python("import grug_keras, tensorflow", tmp_path)
+    assert (tmp_path / ".keras" / "keras.json").exists(), "nothing to test: it leaves no file"
+    assert python(DESCRIBE, tmp_path).startswith("Keras backend: jax (the default")
+
+
 def test_a_choice_is_never_overridden(tmp_path):
     assert "torch (KERAS_BACKEND" in python(DESCRIBE, tmp_path, KERAS_BACKEND="torch")
     assert python(DESCRIBE, tmp_path).startswith("Keras backend: jax (the default")

@@ -55,7 +55,7 @@ def measure(folder, kind, window, documents, largest_block, fused_blocks):
     visits = int(plan.by_row[1].sum())
     cycles = NUM_HEADS * visits * sum(kernels.values()) + other
     return {
-        "milliseconds": round(1e3 * cycles / tpu.CLOCKS[kind], 2),
+        "milliseconds": round(1e3 * cycles / tpu.CHIPS[kind].clock, 2),
         "visits": visits,
         "pairs": grid.num_rows * grid.num_columns,
         "kernels": kernels,
@@ -68,7 +68,7 @@ def plan_microseconds(kind):
     mask = ops.AttentionMask(segment_ids=np.ones((1, LENGTH), "int32"))
     grid, ids = Grid.of(mask, LENGTH, LENGTH), jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
     compiled = tpu.compile_for(lambda ids: plan_blocks(grid, (ids, ids)), [ids], kind)
-    return 1e6 * tpu.static_cycles(compiled.as_text()) / tpu.CLOCKS[kind]
+    return 1e6 * tpu.static_cycles(compiled.as_text()) / tpu.CHIPS[kind].clock
 
 
 @click.command()
@@ -79,7 +79,7 @@ def main(path):
     folder = tempfile.TemporaryDirectory()  # removed at exit
     tpu.record_kernels(folder.name)
     rows = []
-    for kind in tpu.TOPOLOGIES:
+    for kind in tpu.CHIPS:
         for case, options in CASES.items():
             row = measure(folder.name, kind, *options)
             print(
@@ -91,7 +91,7 @@ def main(path):
             )
             rows.append({"kind": kind, "case": case, **row})
     block_plan.LARGEST_BLOCK, block_plan.FUSED_COLUMN_BLOCKS = 1024, 4
-    for kind in tpu.TOPOLOGIES:
+    for kind in tpu.CHIPS:
         print(f"{kind:6} the plan: {plan_microseconds(kind):.1f} microseconds")
     if path:
         path.write_text(json.dumps({"jax": jax.__version__, "rows": rows}, indent=1) + "\n")

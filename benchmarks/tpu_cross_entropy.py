@@ -58,7 +58,9 @@ def kernels_total(kind, T, D, V, chunk_size, cycles):
         "cross_entropy_gradients": head + exponentials + tops + 2 * 4 * D * tile,
     }
     seconds = {name: traffic[name] / BANDWIDTHS[kind] for name in cycles}
-    a_step = sum(max(count, tpu.CLOCKS[kind] * seconds[name]) for name, count in cycles.items())
+    a_step = sum(
+        max(count, tpu.CHIPS[kind].clock * seconds[name]) for name, count in cycles.items()
+    )
     return -(-T // size) * -(-V // tile) * a_step
 
 
@@ -79,7 +81,7 @@ def measure(folder, kind, T, D, V, implementation, chunk_size, with_gradients):
     if kernels:
         cycles += kernels_total(kind, T, D, V, chunk_size, kernels)
     return {
-        "milliseconds": round(1e3 * cycles / tpu.CLOCKS[kind], 1),
+        "milliseconds": round(1e3 * cycles / tpu.CHIPS[kind].clock, 1),
         "megacycles": round(cycles / 1e6, 1),
         "temporary_mib": round(compiled.memory_analysis().temp_size_in_bytes / 2**20),
         "largest_buffer": tpu.largest_buffer(text)[1],

@@ -4,10 +4,11 @@ from grug_keras.backend import choose_backend
 
 choose_backend()  # before anything imports Keras
 
-from grug_keras import ops  # noqa: E402
+from grug_keras import ops, sharding  # noqa: E402
 from grug_keras.attention import CausalSelfAttention  # noqa: E402
 from grug_keras.config import GrugConfig  # noqa: E402
 from grug_keras.model import MLP, Block, Grugformer, LMHead  # noqa: E402
+from grug_keras.muon import Muon  # noqa: E402
 from grug_keras.schedule import Trapezoid  # noqa: E402
 
 __version__ = "0.1.0"
@@ -18,6 +19,8 @@ __all__ = [
     "GrugConfig",
     "Grugformer",
     "LMHead",
+    "Muon",
     "Trapezoid",
     "ops",
+    "sharding",
 ]

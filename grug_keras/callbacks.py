@@ -8,6 +8,7 @@ import sys
 import time
 
 from grug_keras.results import write_atomically
+from grug_keras.sharding import on_this_host, process
 import keras
 
 
@@ -119,16 +120,23 @@ class Checkpoint(keras.callbacks.Callback):
         step, weights = self.clock.steps_done, self.model.trainable_variables
         # The loss of a step is from before its update: only the weights can tell.
         if step > self._saved_step and all(keras.ops.all(keras.ops.isfinite(w)) for w in weights):
-            write_atomically(self.path, self.model.save)
+            with on_this_host(self.model) as model:
+                if process()[0] == 0:
+                    write_atomically(self.path, model.save)
             self._saved_step = step
 
 
 class StopOnInterrupt(keras.callbacks.Callback):
-    """The first Ctrl-C ends the training after the running step, a second one at once."""
+    """The first Ctrl-C ends the training after the running step, a second one at once.
+
+    Several processes could not end after the same step: there the first one ends it at once.
+    """
 
     interrupted, _previous = False, None
 
     def on_train_begin(self, logs=None):
+        if process()[1] > 1:
+            return
         self._previous = signal.signal(signal.SIGINT, self._handle)
 
     def on_train_batch_end(self, batch, logs=None):

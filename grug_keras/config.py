@@ -126,6 +126,7 @@ def _size(hidden_dim, intermediate_dim, num_layers, num_heads):
         "num_heads": num_heads,
         "num_kv_heads": num_heads,
         "max_seq_len": 2048,
+        "remat": True,
     }
 
 

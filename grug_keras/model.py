@@ -8,6 +8,8 @@ from grug_keras.config import GrugConfig
 from grug_keras.inputs import check_data, check_ids, unpack
 from grug_keras.layer import GrugLayer, initializer
 from grug_keras.loss import next_token_loss
+from grug_keras.sharding import Sharding, split_batch
+from grug_keras.stack import run_blocks
 import keras
 
 
@@ -180,6 +182,9 @@ class Grugformer(keras.Model):
         self.token_embedding.build((None, None))
         for layer in (*self.blocks, self.final_norm, self.lm_head):
             layer.build(hidden_shape)
+        distribution = keras.distribution.distribution()
+        if isinstance(distribution, Sharding):
+            distribution.check_model(self)
 
     def __call__(self, inputs, **kwargs):
         token_ids = inputs.get("token_ids") if isinstance(inputs, dict) else inputs
@@ -221,9 +226,8 @@ class Grugformer(keras.Model):
         if segment_ids is not None:
             mask = mask.with_segment_ids(segment_ids)
 
-        x = self.token_embedding(token_ids)
-        for block in self.blocks:
-            x = self._run_block(block, x, positions, mask)
+        x = split_batch(self.token_embedding(token_ids))
+        x = run_blocks(self.blocks, x, self.config.remat, positions=positions, attention_mask=mask)
         return self.final_norm(x)
 
     def compute_output_spec(self, inputs):
@@ -231,13 +235,6 @@ class Grugformer(keras.Model):
         token_ids, *_ = unpack(self.config, inputs)
         shape = (*token_ids.shape, self.config.hidden_dim)
         return keras.KerasTensor(shape, dtype=self.compute_dtype)
-
-    def _run_block(self, block, x, positions, mask):
-        def run(x):
-            return block(x, positions=positions, attention_mask=mask)
-
-        # A closure of the tensor alone is the one form of remat that works on all backends.
-        return keras.remat(run)(x) if self.config.remat else run(x)
 
     def logits(self, inputs):
         """Next-token logits, for sampling.

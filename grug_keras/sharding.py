@@ -6,10 +6,13 @@ matrix and its optimizer slots; the model axis splits heads, the MLP and the voc
 """
 
 import contextlib
+import functools
 import math
 import os
 import pathlib
 import re
+import sys
+import traceback
 
 import keras
 import numpy as np
@@ -229,6 +232,37 @@ def split_batch(x):
     return keras.distribution.distribute_tensor(x, distribution.get_data_layout(x.shape))
 
 
+def gather(value, variable):
+    """The value of a variable, gathered once from the data axis; its gradient, scattered again.
+
+    Args:
+        value: tensor, in any float dtype: that in which it is sent.
+        variable: `keras.Variable`, whose layout says how the value is split.
+    """
+    distribution = keras.distribution.distribution()
+    if not isinstance(distribution, Sharding):
+        return value
+    split = distribution.get_variable_layout(variable)
+    axes = [None if axis == "data" else axis for axis in split.axes]
+    whole = keras.distribution.TensorLayout(axes, split.device_mesh)
+    return _gather()(value, whole.backend_layout, split.backend_layout)
+
+
+@functools.cache
+def _gather():
+    import jax
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+    def gather(value, whole, split):
+        return jax.lax.with_sharding_constraint(value, whole)
+
+    def backward(whole, split, _, gradient):
+        return (jax.lax.with_sharding_constraint(gradient, split),)
+
+    gather.defvjp(lambda value, whole, split: (gather(value, whole, split), None), backward)
+    return gather
+
+
 def split_layers(stack):
     """Gives every device some whole layers of a stack of matrices, without a mesh all.
 
@@ -268,9 +302,32 @@ def initialize():
             raise RuntimeError(f"the processes of this run did not meet: {error}") from error
 
 
+def leave(error):
+    """Ends this process of several at once, after an error, and says which one it is.
+
+    An orderly exit would wait for the other processes, and they may be gone or in the middle
+    of a step that this one has left. They notice by themselves: at once, or where the network
+    does not tell, by JAX's heartbeats within two minutes. In a run of one it does nothing.
+
+    Args:
+        error: the exception.
+    """
+    number, count = process()
+    if count == 1:
+        return
+    import jax
+
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        what = f"another process has stopped or cannot be reached; its own log says why: {error}"
+    else:
+        what = "".join(traceback.format_exception(error))
+    print(f"process {number} of {count} stops: {what}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def process():
-    """This process's number, from 0, and how many train together."""
-    if not isinstance(keras.distribution.distribution(), Sharding):
+    """This process's number, from 0, and how many there are in the run."""
+    if keras.config.backend() != "jax":
         return 0, 1
     import jax
 
@@ -312,29 +369,35 @@ def describe():
 
 
 @contextlib.contextmanager
-def whole_weights(model):
-    """Within it every process has all weights and slots to itself, to save or to sample with.
+def on_this_host(model):
+    """The model with all its weights where this process alone can use them, to save or to sample.
 
-    All processes must enter it. A run of one process can reach all of them anyway.
+    All processes of a run must enter it. In a run of one it is the model itself; in a run of
+    several a copy, and there is no mesh until the end.
 
     Args:
         model: a compiled, built model.
     """
-    distribution = keras.distribution.distribution()
     if process()[1] == 1:
-        yield
+        yield model
         return
     import jax
 
+    distribution = keras.distribution.distribution()
     mesh = distribution.device_mesh.backend_mesh
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    gather = jax.jit(lambda value: value, out_shardings=replicated)
-    variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
-    values = [(v, np.asarray(gather(v.value))) for v in variables]
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    gather = jax.jit(lambda value: value, out_shardings=everywhere)
+    groups = (model.variables, model.optimizer.variables)
+    weights, slots = ([np.asarray(gather(v.value)) for v in group] for group in groups)
     keras.distribution.set_distribution(None)
     try:
-        with keras.StatelessScope(values):
-            yield
+        copy = type(model).from_config(model.get_config())
+        copy.build()
+        copy.compile(type(model.optimizer).from_config(model.optimizer.get_config()))
+        copy.optimizer.build(copy.trainable_variables)
+        copy.set_weights(weights)
+        copy.optimizer.set_weights(slots)
+        yield copy
     finally:
         keras.distribution.set_distribution(distribution)
 

@@ -1,5 +1,6 @@
 """Runs an experiment script: options, data, `fit`, evaluation, and a folder with the record."""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.util
@@ -9,9 +10,11 @@ import os
 import pathlib
 import shlex
 import sys
+import tempfile
 import time
 
 import click
+from grug_keras import sharding
 from grug_keras.backend import describe_backend
 from grug_keras.callbacks import Checkpoint, CurveLogger, StopOnInterrupt
 from grug_keras.config import GrugConfig
@@ -45,8 +48,12 @@ class Recipe:
     warmup: float = 0.05
     cooldown: float = 0.7
 
+    def schedule(self):
+        """The learning rate by step."""
+        return Trapezoid(self.learning_rate, self.steps, self.warmup, self.cooldown)
 
-def main(script, recipes, build_model, build_optimizer):
+
+def main(script, recipes, build_model, build_optimizer, rules=None):
     """The command line of a speedrun script.
 
     Args:
@@ -54,6 +61,7 @@ def main(script, recipes, build_model, build_optimizer):
         recipes: dict of preset name -> `Recipe`. The first is the default size.
         build_model: function of a `GrugConfig`, returns the model.
         build_optimizer: function of a learning-rate schedule, returns the optimizer.
+        rules: dict, how a mesh splits the variables; see `sharding.distribute`.
     """
     sizes, policies = list(recipes), ["float32", "mixed_bfloat16"]
 
@@ -81,27 +89,57 @@ def main(script, recipes, build_model, build_optimizer):
         show_default="KERAS_BACKEND, else keras.json, else jax",
         help="Keras backend.",
     )
+    @click.option(
+        "--mesh",
+        metavar="data=4,model=2|data=auto",
+        help="Devices to train on: FSDP over data, tensor parallelism over model. JAX only. "
+        "On several hosts, start the same command on each.",
+    )
+    @click.option(
+        "--remat/--no-remat",
+        default=None,
+        show_default="the size's",
+        help="Recompute blocks in the backward pass: less memory, more time.",
+    )
     @click.option("--out", default="runs", type=click.Path(file_okay=False), help="Run folders.")
-    def command(size, steps, batch, backend, dtype, **options):
+    def command(size, steps, batch, backend, dtype, mesh, **options):
         """Trains this speedrun; leaves results, curve, picture and checkpoint in OUT."""
-        _restart_with(backend)
-        print(describe_backend(), flush=True)
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("grug_keras").setLevel(logging.INFO)  # say which kernels run
-        logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS tells every step it takes
+        restart_with(backend)
         keras.config.set_dtype_policy(dtype)
         changes = {"steps": steps, "batch_size": batch}
         recipe = dataclasses.replace(recipes[size], **{k: v for k, v in changes.items() if v})
-        try:
-            run = Speedrun(script, size, recipe, **options)
-        except (ValueError, OSError) as error:
-            raise click.ClickException(str(error)) from error
-        sys.exit(run(build_model, build_optimizer))
+        with contextlib.ExitStack() as stack:
+            try:
+                if mesh:
+                    sharding.initialize()
+                    sharding.distribute(mesh, rules)
+                    if sharding.process()[0]:  # does as the first one does, and tells nobody
+                        options["out"] = stack.enter_context(tempfile.TemporaryDirectory())
+                        nowhere = stack.enter_context(open(os.devnull, "w"))
+                        stack.enter_context(contextlib.redirect_stdout(nowhere))
+                print(describe_backend(), flush=True)
+                _log_to_stderr()
+                run = Speedrun(script, size, recipe, **options)
+            except (ValueError, OSError, RuntimeError) as error:
+                raise click.ClickException(str(error)) from error
+            try:
+                status = run(build_model, build_optimizer)
+            except BaseException as error:
+                sharding.leave(error)
+                raise
+        sys.exit(status)
 
     command()
 
 
-def _restart_with(backend):
+def _log_to_stderr():
+    logging.basicConfig(format="%(message)s")
+    level = logging.WARNING if sharding.process()[0] else logging.INFO
+    logging.getLogger("grug_keras").setLevel(level)  # INFO says which kernels run
+    logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS tells every step it takes
+
+
+def restart_with(backend):
     """Keras fixes its backend on import: another one needs a new process."""
     if backend not in (None, keras.config.backend()):
         if importlib.util.find_spec(backend) is None:
@@ -124,6 +162,7 @@ class Speedrun:
         tokenizer: str, see `load_tokenizer`.
         seed: int, of the weights and the data order.
         seq_len: int or None, sequence length; defaults to the preset's `max_seq_len`.
+        remat: bool or None, instead of the preset's.
         out: str, folder of the run folders.
 
     Raises:
@@ -131,33 +170,45 @@ class Speedrun:
     """
 
     def __init__(
-        self, script, size, recipe, *, data, tokenizer="bytes", seed=0, seq_len=None, out="runs"
+        self,
+        script,
+        size,
+        recipe,
+        *,
+        data,
+        tokenizer="bytes",
+        seed=0,
+        seq_len=None,
+        remat=None,
+        out="runs",
     ):
         self.script, self.size, self.recipe, self.seed = pathlib.Path(script), size, recipe, seed
         self.tokenizer = load_tokenizer(tokenizer)
-        self.config = _fit_config(size, self.tokenizer, seq_len)
+        self.config = size_config(size, self.tokenizer.vocab_size, seq_len, remat)
         self.corpus = load_corpus(data)
         self.validation = self.corpus.validation_slice(VALIDATION_BYTES)
         window = {
             "bos_id": self.tokenizer.bos_id,
             "seq_len": self.config.max_seq_len,
             "batch_size": recipe.batch_size,
+            "rows": sharding.rows(recipe.batch_size),
         }
         train_tokens = token_stream(self.corpus.train, self.tokenizer)
         self.train_batches = TokenBatches(train_tokens, steps=recipe.steps, seed=seed, **window)
         self.validation_tokens = token_stream(self.validation, self.tokenizer)
         self.validation_batches = TokenBatches(self.validation_tokens, **window)
-        self.schedule = Trapezoid(
-            recipe.learning_rate, recipe.steps, recipe.warmup, recipe.cooldown
-        )
+        self.schedule = recipe.schedule()
         self.folder = new_run_dir(out, f"{self.script.stem}-{size}-seed{seed}")
 
     def __call__(self, build_model, build_optimizer):
         """Trains, evaluates, records. Returns the exit status of the process."""
         begin = time.perf_counter()
         keras.utils.set_random_seed(self.seed)
-        model = build_model(self.config)
-        model.build()
+        try:
+            model = build_model(self.config)
+            model.build()
+        except ValueError as error:  # a variable that the mesh cannot split
+            raise click.ClickException(str(error)) from error
         model.compile(build_optimizer(self.schedule))
         record = self._describe(model)
         self._announce(record)
@@ -167,7 +218,8 @@ class Speedrun:
             if record["status"] == "trained":
                 self._evaluate(model, record)
                 record["status"] = "finished"
-                record["sample"] = self._sample(model)
+                with sharding.on_this_host(model) as whole:
+                    record["sample"] = self._sample(whole)
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
             record["status"] = "interrupted" if interrupted else "failed"
@@ -219,6 +271,7 @@ class Speedrun:
             "tokenizer": {"name": self.tokenizer.name, "sha256": self.tokenizer.sha256},
             "backend": keras.config.backend(),
             "device": device(),
+            "mesh": sharding.describe(),
             "versions": versions(),
             "parameters": total,
             "parameters_non_embedding": total - sum(layer.count_params() for layer in tables),
@@ -312,10 +365,18 @@ class Speedrun:
         return 0
 
 
-def _fit_config(size, tokenizer, seq_len):
-    """The preset with the vocabulary of the tokenizer, padded to a multiple of 128."""
-    changes = {"vocab_size": 128 * math.ceil(tokenizer.vocab_size / 128)}
-    return GrugConfig.preset(size, **changes, **({"max_seq_len": seq_len} if seq_len else {}))
+def size_config(size, vocab_size, seq_len=None, remat=None):
+    """The preset with what a run changes of it.
+
+    Args:
+        size: str, name of the preset.
+        vocab_size: int, of the tokenizer; the model's is the next multiple of 128.
+        seq_len: int or None, `max_seq_len` instead of the preset's.
+        remat: bool or None, likewise.
+    """
+    changes = {"max_seq_len": seq_len, "remat": remat}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return GrugConfig.preset(size, vocab_size=128 * math.ceil(vocab_size / 128), **changes)
 
 
 def _now():

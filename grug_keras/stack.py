@@ -7,8 +7,9 @@ their input.
 """
 
 import re
+from typing import NamedTuple
 
-from grug_keras.sharding import split_batch
+from grug_keras.sharding import gather, split_batch
 import keras
 import numpy as np
 
@@ -27,8 +28,11 @@ def run_blocks(blocks, x, remat, **arguments):
     Returns:
         Tensor, output of the last.
     """
-    if remat and keras.config.backend() == "jax" and _all_alike(blocks, x, arguments):
-        return _loop(blocks, x, arguments)
+    if remat and keras.config.backend() == "jax" and len(blocks) > 1:
+        values = _AsStored(blocks)(x)
+        program = _common_program(blocks, values, x, arguments)
+        if program is not None:
+            return _loop(blocks, values, program, x, arguments)
     for block in blocks:
         x = split_batch(_run(block, x, remat, arguments))
     return x
@@ -42,34 +46,75 @@ def _run(block, x, remat, arguments):
     return keras.remat(run)(x) if remat else run(x)
 
 
-def _loop(blocks, x, arguments):
+class _AsStored(keras.layers.Layer):
+    """The values of the blocks' weights. In the model's own call Keras would round them all."""
+
+    def __init__(self, blocks):
+        super().__init__(autocast=False)
+        self._read = lambda: [[v.value for v in block.trainable_variables] for block in blocks]
+
+    def call(self, x):
+        return self._read()
+
+
+def _loop(blocks, values, program, x, arguments):
+    variables = blocks[0].trainable_variables
+
+    def run(x, values):
+        # Here, so that the weights are gathered once for all that the backward pass needs them.
+        values = [gather(*pair) for pair in zip(values, variables, strict=True)]
+        return _function(blocks[0], arguments)(x, values)
+
     def step(x, values):
-        y, _ = keras.remat(_function(blocks[0], arguments))(x, values)
-        return split_batch(y), None
+        x, losses = keras.remat(run)(x, values)
+        return split_batch(x), losses
 
-    values = zip(*map(_values, blocks), strict=True)
-    return keras.ops.scan(step, x, [keras.ops.stack(layers) for layers in values])[0]
-
-
-def _all_alike(blocks, x, arguments):
-    """Whether the blocks are the same program of their weights, which is traced to see."""
-    if len(blocks) < 2 or any(block.non_trainable_variables for block in blocks):
-        return False
-    first, *others = (_program(block, x, arguments) for block in blocks)
-    return first is not None and all(first == other for other in others)
+    layers = [
+        keras.ops.stack([keras.ops.cast(value, dtype) for value in layers])
+        for dtype, layers in zip(program.read_as, zip(*values, strict=True), strict=True)
+    ]
+    x, losses = keras.ops.scan(step, x, layers)
+    for loss in losses:  # one of every layer
+        blocks[0].add_loss(keras.ops.sum(loss))
+    return x
 
 
-def _program(block, x, arguments):
-    """A block's trace, to be compared; None if it leaves a loss behind, which a loop would lose."""
+class _Program(NamedTuple):
+    """A block's trace, to be compared."""
+
+    text: str
+    constants: list
+    read_as: list  # dtype of each weight
+
+
+def _common_program(blocks, values, x, arguments):
+    """The program that all blocks are, of their weights; None if they are not."""
+    if any(block.non_trainable_variables for block in blocks):
+        return None
+    first, *others = (_trace(*pair, x, arguments) for pair in zip(blocks, values, strict=True))
+    return first if first and all(first == other for other in others) else None
+
+
+def _trace(block, values, x, arguments):
     import jax
 
-    traced = jax.make_jaxpr(_function(block, arguments))(x, _values(block))
-    if len(traced.out_avals) > 1:
+    traced = jax.make_jaxpr(_function(block, arguments))(x, values)
+    y = traced.out_avals[0]
+    if (y.shape, y.dtype) != (x.shape, x.dtype):
         return None
     constants = [
         id(c) if isinstance(c, jax.core.Tracer) else np.asarray(c).tobytes() for c in traced.consts
     ]
-    return _ADDRESS.sub("", str(traced)), constants
+    weights = traced.jaxpr.invars[-len(values) :] if values else []
+    read_as = [_read_as(traced, weight) for weight in weights]
+    return _Program(_ADDRESS.sub("", str(traced)), constants, read_as)
+
+
+def _read_as(traced, weight):
+    """The dtype that a block rounds a weight to first, in which it may as well travel."""
+    uses = [equation for equation in traced.eqns if weight in equation.invars]
+    rounded = {use.params.get("new_dtype") for use in uses}
+    return rounded.pop() if len(rounded) == 1 and None not in rounded else weight.aval.dtype
 
 
 def _function(block, arguments):
@@ -80,7 +125,3 @@ def _function(block, arguments):
         return y, losses
 
     return run
-
-
-def _values(block):
-    return [variable.value for variable in block.trainable_variables]

@@ -3,15 +3,39 @@
 `pip install "jax[tpu]"` brings libtpu. One process at a time may use it.
 """
 
+import dataclasses
 import math
 import os
 import pathlib
 import re
+import sys
+import time
 
-# Matrix-unit clocks in Hz: v5p and v5e from peak FLOP/s, v6e and tpu7x inferred likewise.
-CLOCKS = {"v5p": 1.75e9, "v5e": 1.5e9, "v6e": 1.75e9, "tpu7x": 2.2e9}
-# The smallest slice of each kind.
-TOPOLOGIES = {"v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device of a TPU kind; a tpu7x chip is two.
+
+    Attributes:
+        smallest: str, name of the smallest slice of the kind.
+        clock: float, of the matrix units, in Hz. v5p and v5e from the peak, v6e and tpu7x inferred.
+        hbm: int, bytes that the compiler may fill.
+        flops: float, peak of dense bfloat16 products a second (Google's product pages).
+    """
+
+    smallest: str
+    clock: float
+    hbm: int
+    flops: float
+
+
+CHIPS = {
+    "v5p": Chip("v5p:2x2x1", 1.75e9, int(95.74 * 2**30), 459e12),
+    "v5e": Chip("v5e:2x2", 1.5e9, int(15.75 * 2**30), 197e12),
+    "v6e": Chip("v6e:2x2", 1.75e9, int(31.25 * 2**30), 918e12),
+    "tpu7x": Chip("tpu7x:2x2x1", 2.2e9, int(94.75 * 2**30), 1153.5e12),
+}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 def compile_for(function, arguments, kind):
@@ -20,7 +44,7 @@ def compile_for(function, arguments, kind):
     Args:
         function: pure function of arrays.
         arguments: tree of `jax.ShapeDtypeStruct`.
-        kind: str, one of `TOPOLOGIES`.
+        kind: str, one of `CHIPS`.
 
     Returns:
         `jax.stages.Compiled`: `.as_text()`, `.memory_analysis()`, ...
@@ -39,31 +63,47 @@ def compile_for(function, arguments, kind):
     return jax.jit(function).lower(*jax.tree.map(on_tpu, tuple(arguments))).compile()
 
 
-def topology(kind):
-    """The devices of the smallest slice of a TPU kind, to compile for.
+def topology(name):
+    """The devices of a slice, to compile for. Waits where another process compiles for TPUs.
 
     Args:
-        kind: str, one of `TOPOLOGIES`.
+        name: str, such as `"v5p:4x4x4"`; a kind alone, one of `CHIPS`, is its smallest slice.
 
     Returns:
         What `jax.experimental.topologies.get_topology_desc` does: `.devices`.
 
     Raises:
-        ValueError: for an unknown kind.
+        ValueError: for an unknown kind or a shape that it has not.
         ModuleNotFoundError: without libtpu.
     """
+    import jax
     from jax.experimental import topologies
 
-    if kind not in TOPOLOGIES:
-        raise ValueError(f"kind must be one of {list(TOPOLOGIES)}, got {kind!r}")
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS:
+        raise ValueError(f"topology must be of {', '.join(CHIPS)}, e.g. v5p:2x2x1, got {name!r}")
     try:
         import libtpu  # noqa: F401
     except ImportError:
         raise ModuleNotFoundError(
-            'compiling for TPUs needs libtpu: pip install "jax[tpu]"'
+            'compiling for TPUs needs libtpu, on Linux: pip install "jax[tpu]"'
         ) from None
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu asks the network
-    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind])
+    name = name if shape else CHIPS[kind].smallest
+    for attempt in range(sys.maxsize):
+        try:
+            return topologies.get_topology_desc(platform="tpu", topology_name=name)
+        except jax.errors.JaxRuntimeError as error:
+            if "lockfile" not in str(error):
+                raise ValueError(f"topology={name!r} is none that libtpu knows: {error}") from error
+            if not attempt:
+                print(
+                    "waiting: libtpu serves one process at a time, and another one uses it "
+                    f"(if none does: {error})",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            time.sleep(1)
 
 
 def static_cycles(hlo_text):
@@ -82,21 +122,44 @@ def static_cycles(hlo_text):
     Raises:
         ValueError: if a loop has no bound that can be read.
     """
-    computations, entry = _computations(hlo_text)
+    total = 0
+    for line, times in _executed(hlo_text):
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
+        total += times * int(cycles[1]) if cycles else 0
+    return total
 
-    def cost(name):
-        total = 0
-        for line in computations[name]:
-            cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
-            total += int(cycles[1]) if cycles else 0
-            if " while(" in line:
-                condition, body = (
-                    re.search(rf"{key}=%?([\w.\-]+)", line)[1] for key in ("condition", "body")
-                )
-                total += _trips(computations[condition]) * cost(body)
-        return total
 
-    return cost(entry)
+def collectives(hlo_text):
+    """What the devices of a program send one another, loop bodies times their trips.
+
+    Args:
+        hlo_text: str, `compiled.as_text()`.
+
+    Returns:
+        Dict of kind, one of `COLLECTIVES` -> list of `(times, shape, bytes)`: how often, and
+        what one device gets, of a reduce-scatter what it gives. An all-reduce of which each
+        device keeps its part only is a reduce-scatter, as the TPU compiler writes them.
+    """
+    computations, _ = _computations(hlo_text)
+    found = {kind: [] for kind in COLLECTIVES}
+    pattern = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\((.*?)\)")
+    for line, times in _executed(hlo_text):
+        called = re.search(r" fusion\(.*calls=%?([\w.\-]+)", line)
+        for inner in computations[called[1]] if called else [line]:
+            if call := pattern.search(inner):
+                kind = "reduce-scatter" if called and "all-reduce-scatter" in called[1] else call[2]
+                found[kind] += [(times, *array) for array in _arrays(call[1])]
+    return {kind: calls for kind, calls in found.items() if calls}
+
+
+def kernel_calls(hlo_text):
+    """How often a program calls each Pallas kernel: dict of name -> int."""
+    calls = {}
+    for line, times in _executed(hlo_text):
+        if 'custom_call_target="tpu_custom_call"' in line:
+            name = re.match(r"\s*(?:ROOT )?%([A-Za-z_]\w*)", line)[1]
+            calls[name] = calls.get(name, 0) + times
+    return calls
 
 
 def record_kernels(folder):
@@ -109,7 +172,7 @@ def record_kernels(folder):
     """
     flags = (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
-        "--xla_jf_dump_llo_pass_label_regex=(final_bundles|static-bundle-profile)"
+        "--xla_jf_dump_llo_pass_label_regex=static-bundle-profile"
     )
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
 
@@ -152,6 +215,32 @@ def largest_buffer(hlo_text):
         for dims in re.findall(r"\b(?:pred|[suf]\d+|bf16)\[([\d,]+)\]", hlo_text)
     }
     return max(((math.prod(shape), shape) for shape in shapes), default=(0, ()))
+
+
+def _executed(hlo_text):
+    """`(line, how often it runs)` of the entry of a module and of the loops in it."""
+    computations, entry = _computations(hlo_text)
+
+    def walk(name, times):
+        for line in computations[name]:
+            yield line, times
+            if " while(" in line:
+                condition, body = (
+                    re.search(rf"{key}=%?([\w.\-]+)", line)[1] for key in ("condition", "body")
+                )
+                yield from walk(body, times * _trips(computations[condition]))
+
+    return walk(entry, 1)
+
+
+def _arrays(shapes):
+    """`[(shape, bytes)]` of the arrays in a result's type, `"(f32[2,3]{1,0}, bf16[4])"`."""
+    found = []
+    for dtype, dims in re.findall(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]", shapes):
+        bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
+        elements = math.prod(int(n) for n in dims.split(",") if n)
+        found.append((f"{dtype}[{dims}]", elements * bits // 8))
+    return found or [("()", 0)]
 
 
 def _computations(hlo_text):

@@ -4,9 +4,8 @@ Command: python speedruns/grugformer_starter.py
 Expect:  about 2.04 bits per byte in two and a half minutes on 2 CPU cores.
 """
 
-from grug_keras import Grugformer
+from grug_keras import Grugformer, Muon
 from grug_keras.speedrun import Recipe, main
-import keras
 
 RECIPES = {
     "smoke": Recipe(steps=1000, batch_size=8, learning_rate=0.02),
@@ -24,7 +23,7 @@ def build_model(config):
 
 def build_optimizer(learning_rate):
     """Muon for the matrices inside the blocks; AdamW for embedding, head and norms."""
-    return keras.optimizers.Muon(
+    return Muon(
         learning_rate,
         exclude_layers=["lm_head"],
         adam_lr_ratio=0.3,

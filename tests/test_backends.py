@@ -24,6 +24,8 @@ SUITE = [
     "test_grugformer_core.py",
     "test_grugformer_model_loss.py",
     "test_grugformer_fused_loss.py",
+    "test_sharding.py",
+    "test_stack.py",
 ]
 
 pytestmark = pytest.mark.skipif(BACKEND_WAS_CHOSEN, reason="KERAS_BACKEND chose one backend")

@@ -154,7 +154,7 @@ def training_step():
     return run("tpu_training_step.py")
 
 
-@pytest.mark.parametrize("kind", tpu.TOPOLOGIES)
+@pytest.mark.parametrize("kind", tpu.CHIPS)
 def test_a_training_step_for_tpu_holds_no_tokens_by_vocabulary_buffer(training_step, kind):
     logits = training_step["tokens x vocabulary"]
     assert training_step["kinds"][kind]["chunked"] <= logits / 4

@@ -107,7 +107,7 @@ def main():
         tpu.record_kernels(folder)
         report = {
             f"{kind}, head dim {head_dim}": attention(kind, folder, head_dim=head_dim)
-            for kind in tpu.TOPOLOGIES
+            for kind in tpu.CHIPS
             for head_dim in HEAD_DIMS
         }
         # The most that a kernel has to hold at a time.

@@ -61,7 +61,7 @@ def largest_buffer(kind, implementation):
 
 
 def main():
-    report = {kind: {"chunked": largest_buffer(kind, "chunked")} for kind in tpu.TOPOLOGIES}
+    report = {kind: {"chunked": largest_buffer(kind, "chunked")} for kind in tpu.CHIPS}
     report["v5p"]["reference"] = largest_buffer("v5p", "reference")
     print(json.dumps({"tokens x vocabulary": BATCH * SEQ_LEN * VOCAB, "kinds": report}))
 

@@ -36,6 +36,8 @@ class TokenBatches(keras.utils.PyDataset):
         steps: int or None. Number of batches; None reads every window once, in order, the
             last ones padded with weight 0 (for evaluation).
         seed: int.
+        rows: int array or None. Which of the B rows to make, for a process whose devices hold
+            only those; None makes all.
 
     Each batch holds `{"token_ids", "segment_ids"}` of int32 `(B, S)`, labels int32 `(B, S)`
     and weights float32 `(B, S)`.
@@ -44,7 +46,7 @@ class TokenBatches(keras.utils.PyDataset):
         ValueError: if the stream is shorter than one window.
     """
 
-    def __init__(self, tokens, *, bos_id, seq_len, batch_size, steps=None, seed=0):
+    def __init__(self, tokens, *, bos_id, seq_len, batch_size, steps=None, seed=0, rows=None):
         super().__init__()
         for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
             if value < 1:
@@ -62,13 +64,14 @@ class TokenBatches(keras.utils.PyDataset):
         targets = len(tokens) - 1
         self.num_windows = -(-targets // seq_len) if self.in_order else targets // seq_len
         self.steps = -(-self.num_windows // batch_size) if self.in_order else steps
+        self.rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         self._permutation = (None, None)
 
     def __len__(self):
         return self.steps
 
     def __getitem__(self, step):
-        index = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        index = step * self.batch_size + self.rows
         start = index * self.seq_len if self.in_order else self._shuffled(index) * self.seq_len
         at = start[:, None] + np.arange(self.seq_len)
         real = at < len(self.tokens) - 1

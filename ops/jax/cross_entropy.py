@@ -29,6 +29,9 @@ OP = "fused_linear_cross_entropy"
 # Logits of a token chunk. It reads the head and updates the head's gradient once, so that
 # larger chunks are faster; measured in docs/cross_entropy.md.
 CHUNK_LOGITS = {"cpu": 20_000_000, "tpu": 2**28, "cuda": 2**29, "rocm": 2**29}
+# And at most so many for each element of the head: on TPU a chunk takes 6 bytes a logit, the
+# head's gradient 4 an element, and a narrow head needs no more memory than it has to.
+LOGITS_PER_ELEMENT = 1.5
 
 
 def chunked_total(hidden, lm_head, labels, weights, options):
@@ -141,9 +144,13 @@ def by_tokens(hidden, lm_head, labels, weights, logsumexp, options, columns):
 
     arrays = (hidden, labels, weights)
     num_tokens, num_columns = hidden.shape[0], lm_head.shape[1]
+    limits = {
+        **CHUNK_LOGITS,
+        "tpu": min(CHUNK_LOGITS["tpu"], int(LOGITS_PER_ELEMENT * lm_head.size)),
+    }
     sizes = {
         platform: options.chunk_size or chunk_tokens(num_tokens, num_columns, chunk_logits)
-        for platform, chunk_logits in CHUNK_LOGITS.items()
+        for platform, chunk_logits in limits.items()
     }
     if len(set(sizes.values())) == 1:
         return scan(arrays, sizes["cpu"])

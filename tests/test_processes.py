@@ -1,0 +1,113 @@
+"""Training by several real processes on this machine, joined over loopback (JAX, gloo)."""
+
+import csv
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.skipif(keras.config.backend() != "jax", reason="Keras distributes on JAX")
+STARTER = pathlib.Path(__file__).parent.parent / "speedruns" / "grugformer_starter.py"
+SMALL = ["--steps", "12", "--seq-len", "32"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A corpus that is read and evaluated in no time."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} and {i + 1} make {2 * i + 1}.\n" for i in range(3000)))
+    return path
+
+
+def start(folder, text, count, *options):
+    """Starts `count` processes of one run of the starter; their output goes to files."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = []
+    for number in range(count):
+        environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+        if count > 1:
+            environment |= {
+                "KERAS_DISTRIBUTION_JOB_ADDRESSES": address,
+                "KERAS_DISTRIBUTION_NUM_PROCESSES": str(count),
+                "KERAS_DISTRIBUTION_PROCESS_ID": str(number),
+            }
+        command = [sys.executable, STARTER, "--data", text, "--out", folder / "runs", *options]
+        with open(folder / f"{number}.log", "w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [str(part) for part in command], env=environment, stdout=log, stderr=log
+                )
+            )
+    return processes
+
+
+def finish(folder, processes, timeout=300):
+    """Exit statuses and logs, once all have ended."""
+    try:
+        statuses = [process.wait(timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return statuses, [(folder / f"{i}.log").read_text() for i in range(len(processes))]
+
+
+def record(folder):
+    """The results and the losses of the one run in a folder."""
+    (run,) = (folder / "runs").iterdir()
+    with open(run / "curve.csv") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    return run, json.loads((run / "results.json").read_text()), losses
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("alone")
+    statuses, logs = finish(folder, start(folder, text, 1, *SMALL))
+    assert statuses == [0], logs[0]
+    return record(folder)
+
+
+@pytest.mark.parametrize(("count", "mesh"), [(2, "data=auto"), (4, "data=2,model=2")])
+def test_several_processes_train_as_one(tmp_path, text, alone, count, mesh):
+    """Weights over the network, the checkpoint whole, one run folder, one voice."""
+    statuses, logs = finish(tmp_path, start(tmp_path, text, count, "--mesh", mesh, *SMALL))
+    assert statuses == [0] * count, "\n".join(logs)
+    run, results, losses = record(tmp_path)
+    _, expected, expected_losses = alone
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert results["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
+    assert results["mesh"]["processes"] == count
+    assert results["sample"]["text"]
+    assert "validation:" in logs[0]
+    assert not any("validation:" in log for log in logs[1:])
+    saved = keras.models.load_model(run / "model.keras")
+    assert int(saved.optimizer.iterations) == len(losses)
+    assert all(np.isfinite(weight).all() for weight in saved.get_weights())
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_stops_the_others(tmp_path, text, victim):
+    """Within the bound, with a message; whether the coordinator dies or another one."""
+    options = ["--mesh", "data=auto", "--steps", "500", "--seq-len", "32"]
+    processes = start(tmp_path, text, 2, *options)
+    deadline = time.monotonic() + 120
+    while "step 50/" not in (tmp_path / "0.log").read_text():
+        assert time.monotonic() < deadline, (tmp_path / "0.log").read_text()
+        time.sleep(0.2)
+    processes[victim].kill()
+    killed = time.monotonic()
+    survivor = 1 - victim
+    (status,), _ = finish(tmp_path, [processes[survivor]], timeout=120)
+    log = (tmp_path / f"{survivor}.log").read_text()
+    print(f"stopped {time.monotonic() - killed:.1f} s after the other, status {status}")
+    assert status != 0
+    assert "another process has stopped" in log or "another task died" in log, log

@@ -1,0 +1,147 @@
+"""Meshes: training on 8 virtual devices equals training on one; what cannot be split is named."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+from grug_keras import GrugConfig, Grugformer, sharding
+from grug_keras.data import TokenBatches
+import keras
+import numpy as np
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+only_jax = pytest.mark.skipif(keras.config.backend() != "jax", reason="Keras distributes on JAX")
+
+
+@pytest.fixture(scope="module")
+def report():
+    done = subprocess.run(
+        [sys.executable, HERE / "mesh_training.py"], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@only_jax
+@pytest.mark.parametrize(
+    ("run", "bound"),
+    [
+        ("DP, float32", 1e-5),
+        ("FSDP, float32", 1e-5),
+        ("TP, float32", 1e-5),
+        ("FSDP x TP, float32", 1e-5),
+        ("FSDP x TP, all kept", 1e-5),
+        ("FSDP x TP, mixed", 5e-3),  # bfloat16 sums in another order
+    ],
+)
+def test_a_mesh_trains_as_one_device(report, run, bound):
+    """20 steps with packed documents, sinks, blockwise attention, the fused loss and Muon."""
+    found = report["runs"][run]
+    assert len(found["losses"]) == 20
+    assert found["losses"][-1] < 0.8 * found["losses"][0], "it learnt nothing"
+    assert found["difference"] < bound
+
+
+@only_jax
+def test_every_large_variable_and_its_slots_are_split(report):
+    runs = report["runs"]
+    assert runs["FSDP, float32"]["largest share"] == 1 / 8
+    assert runs["FSDP x TP, float32"]["largest share"] == 1 / 8
+    assert runs["DP, float32"]["largest share"] == 1
+
+
+@only_jax
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("too many", "mesh='data=16' does not fill the devices: there are 8"),
+        ("too few", "mesh='data=2,model=2' does not fill the devices: there are 8"),
+        ("no fit", "mesh='data=auto,model=3' does not fill the devices: there are 8"),
+        ("shape", "mesh axis data=8 does not divide 36, of grugformer"),
+        ("heads", "mesh axis model=8 does not divide num_heads=4"),
+        ("unknown variable", "no sharding rule matches grugformer"),
+        ("no such variable", "sharding rule '.*/gate/kernel' matches no variable of grugformer"),
+        ("two rules", "sharding rules ["),
+        ("rank", "the sharding rule of grugformer"),
+        ("batch", "batch=6 is not a multiple of mesh axis data=8"),
+    ],
+)
+def test_what_cannot_be_split_is_named(report, case, message):
+    assert report["errors"][case].startswith(message)
+
+
+@only_jax
+def test_an_experiment_adds_a_rule(report):
+    assert report["errors"]["with a rule"] is None
+    remedy = report["errors"]["unknown variable"]
+    assert "shape (128, 256)" in remedy
+    assert "rules={**sharding.RULES, r\".*/block_0/extra\": ('data', None)}" in remedy
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "shape"),
+    [
+        ("data=4,model=2", 8, (4, 2)),
+        ("model=2, data=4", 8, (4, 2)),
+        ("data=auto", 8, (8, 1)),
+        ("model=4,data=auto", 8, (2, 4)),
+        ("model=auto", 8, (1, 8)),
+        ("data=1", 1, (1, 1)),
+    ],
+)
+def test_meshes_are_read(mesh, devices, shape):
+    assert sharding.mesh_shape(mesh, devices) == shape
+
+
+@pytest.mark.parametrize(
+    "mesh", ["", "8", "data", "data=", "data=0", "data=-1", "rows=2", "data=x"]
+)
+def test_a_mesh_that_cannot_be_read_is_named(mesh):
+    with pytest.raises(ValueError, match=f"mesh='{mesh}' must name its axes as data=4,model=2"):
+        sharding.mesh_shape(mesh, 8)
+
+
+def test_one_axis_at_most_is_left_open():
+    with pytest.raises(ValueError, match="mesh='data=auto,model=auto' may leave one axis to auto"):
+        sharding.mesh_shape("data=auto,model=auto", 8)
+
+
+@pytest.mark.skipif(keras.config.backend() == "jax", reason="JAX can")
+def test_another_backend_says_that_it_cannot():
+    with pytest.raises(RuntimeError, match="mesh='data=auto' needs the JAX backend"):
+        sharding.distribute("data=auto")
+
+
+def test_processes_make_their_rows_of_the_same_batches():
+    tokens = np.arange(1000) % 50
+    options = {"bos_id": 0, "seq_len": 8, "batch_size": 6, "steps": 3, "seed": 1}
+    whole = TokenBatches(tokens, **options)
+    parts = [TokenBatches(tokens, **options, rows=rows) for rows in ([0, 1, 4], [2, 3, 5])]
+    for step in range(3):
+        for part in parts:
+            inputs, labels, weights = part[step]
+            expected_inputs, expected_labels, expected_weights = whole[step]
+            np.testing.assert_array_equal(labels, expected_labels[part.rows])
+            np.testing.assert_array_equal(weights, expected_weights[part.rows])
+            for name, value in inputs.items():
+                np.testing.assert_array_equal(value, expected_inputs[name][part.rows])
+
+
+def test_without_a_mesh_nothing_is_split(rng):
+    assert sharding.describe() is None
+    assert list(sharding.rows(3)) == [0, 1, 2]
+    x = keras.ops.ones((2, 3, 4))
+    assert sharding.split_batch(x) is x
+    assert sharding.split_layers(x) is x
+
+
+def test_the_record_of_parameters_and_flops():
+    """By hand: 2 blocks of 4 x 16 x 16 and 3 x 16 x 24, a head of 16 x 32; S = 8."""
+    from grug_keras.flops import flops_per_token
+
+    model = Grugformer(GrugConfig(32, 16, 24, 2, 4, 4, max_seq_len=8))
+    model.build()
+    weights = 2 * (4 * 16 * 16 + 3 * 16 * 24) + 16 * 32
+    assert flops_per_token(model, 8) == 6 * weights + 6 * 2 * 4 * 4 * 8

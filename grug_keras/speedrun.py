@@ -111,6 +111,7 @@ def main(script, recipes, build_model, build_optimizer, rules=None):
         with contextlib.ExitStack() as stack:
             try:
                 if mesh:
+                    keras.utils.set_random_seed(options["seed"])  # else the processes agree on one
                     sharding.initialize()
                     sharding.distribute(mesh, rules)
                     if sharding.process()[0]:  # does as the first one does, and tells nobody
@@ -121,7 +122,9 @@ def main(script, recipes, build_model, build_optimizer, rules=None):
                 _log_to_stderr()
                 run = Speedrun(script, size, recipe, **options)
             except (ValueError, OSError, RuntimeError) as error:
-                raise click.ClickException(str(error)) from error
+                error = click.ClickException(str(error))
+                sharding.leave(error)
+                raise error from None
             try:
                 status = run(build_model, build_optimizer)
             except BaseException as error:

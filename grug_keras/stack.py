@@ -89,25 +89,46 @@ class _Program(NamedTuple):
 
 def _common_program(blocks, values, x, arguments):
     """The program that all blocks are, of their weights; None if they are not."""
-    if any(block.non_trainable_variables for block in blocks):
+    variables = [v for block in blocks for v in block.variables]
+    # A loop would lose what a block updates, and count a penalty of its weights twice.
+    if any(not v.trainable or v.regularizer is not None for v in variables):
         return None
     first, *others = (_trace(*pair, x, arguments) for pair in zip(blocks, values, strict=True))
     return first if first and all(first == other for other in others) else None
 
 
 def _trace(block, values, x, arguments):
+    """The block's forward and backward pass: derivatives may be a block's own as well."""
     import jax
 
-    traced = jax.make_jaxpr(_function(block, arguments))(x, values)
+    def both(x, values):
+        y, pullback = jax.vjp(_function(block, arguments), x, values)
+        return y, pullback(jax.tree.map(jax.numpy.ones_like, y))
+
+    traced = jax.make_jaxpr(both)(x, values)
     y = traced.out_avals[0]
     if (y.shape, y.dtype) != (x.shape, x.dtype):
         return None
-    constants = [
-        id(c) if isinstance(c, jax.core.Tracer) else np.asarray(c).tobytes() for c in traced.consts
-    ]
     weights = traced.jaxpr.invars[-len(values) :] if values else []
     read_as = [_read_as(traced, weight) for weight in weights]
-    return _Program(_ADDRESS.sub("", str(traced)), constants, read_as)
+    return _Program(_ADDRESS.sub("", str(traced)), list(_constants(traced)), read_as)
+
+
+def _constants(traced):
+    """What a trace captured, at any depth: its text has no values of arrays."""
+    import jax
+
+    for constant in getattr(traced, "consts", ()):
+        is_traced = isinstance(constant, jax.core.Tracer)
+        yield id(constant) if is_traced else np.asarray(constant).tobytes()
+    for equation in traced.eqns:
+        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(part):
+                yield from _constants(part)
+
+
+def _is_program(part):
+    return hasattr(part, "eqns")
 
 
 def _read_as(traced, weight):

@@ -142,13 +142,17 @@ def collectives(hlo_text):
     """
     computations, _ = _computations(hlo_text)
     found = {kind: [] for kind in COLLECTIVES}
-    pattern = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\((.*?)\)")
+    pattern = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
     for line, times in _executed(hlo_text):
-        called = re.search(r" fusion\(.*calls=%?([\w.\-]+)", line)
+        called = re.search(r" (?:fusion|async-start)\(.*calls=%?([\w.\-]+)", line)
         for inner in computations[called[1]] if called else [line]:
             if call := pattern.search(inner):
                 kind = "reduce-scatter" if called and "all-reduce-scatter" in called[1] else call[2]
-                found[kind] += [(times, *array) for array in _arrays(call[1])]
+                arrays = _arrays(call[1])
+                if call[3] and call[2] in ("all-gather", "collective-permute"):
+                    arrays = arrays[1:2]  # the operand comes first
+                shapes, sizes = zip(*arrays, strict=True)
+                found[kind].append((times, ", ".join(shapes), sum(sizes)))
     return {kind: calls for kind, calls in found.items() if calls}
 
 

@@ -117,7 +117,7 @@ def errors():
         "two rules": message(build_on, "data=8", {**rules, ".*q_proj/kernel": ("data", None)}),
         "rank": message(build_on, "data=8", {**rules, ".*/q_norm/scale": ("data", None)}),
         "with a rule": message(
-            build_on, "data=8", {**rules, ".*/extra": ("data", None)}, block_class=Other
+            build_on, "data=8", {**rules, r".*/block_\d+/extra": ("data", None)}, block_class=Other
         ),
         "batch": message(fit_batch_of_six),
     }

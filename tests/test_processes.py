@@ -3,19 +3,34 @@
 import csv
 import json
 import os
-import pathlib
 import socket
 import subprocess
 import sys
 import time
 
+from grug_keras import Block
 import keras
 import numpy as np
 import pytest
 
 pytestmark = pytest.mark.skipif(keras.config.backend() != "jax", reason="Keras distributes on JAX")
-STARTER = pathlib.Path(__file__).parent.parent / "speedruns" / "grugformer_starter.py"
-SMALL = ["--steps", "12", "--seq-len", "32"]
+# An experiment as people write them: with a block of its own, registered nowhere.
+EXPERIMENT = """
+from grug_keras import Block, Grugformer, Muon
+from grug_keras.speedrun import Recipe, main
+
+class Doubled(Block):
+    def call(self, x, **arguments):
+        return x + 2 * super().call(x, **arguments)
+
+main(
+    __file__,
+    {"smoke": Recipe(steps=12, batch_size=8, learning_rate=0.02)},
+    lambda config: Grugformer(config, block_class=Doubled),
+    lambda learning_rate: Muon(learning_rate, exclude_layers=["lm_head"]),
+)
+"""
+SMALL = ["--seq-len", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +42,7 @@ def text(tmp_path_factory):
 
 
 def start(folder, text, count, *options):
-    """Starts `count` processes of one run of the starter; their output goes to files."""
+    """Starts `count` processes of one run of the experiment; their output goes to files."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -40,7 +55,9 @@ def start(folder, text, count, *options):
                 "KERAS_DISTRIBUTION_NUM_PROCESSES": str(count),
                 "KERAS_DISTRIBUTION_PROCESS_ID": str(number),
             }
-        command = [sys.executable, STARTER, "--data", text, "--out", folder / "runs", *options]
+        script = text.with_name("experiment.py")
+        script.write_text(EXPERIMENT)
+        command = [sys.executable, script, "--data", text, "--out", folder / "runs", *options]
         with open(folder / f"{number}.log", "w") as log:
             processes.append(
                 subprocess.Popen(
@@ -89,9 +106,13 @@ def test_several_processes_train_as_one(tmp_path, text, alone, count, mesh):
     assert results["sample"]["text"]
     assert "validation:" in logs[0]
     assert not any("validation:" in log for log in logs[1:])
-    saved = keras.models.load_model(run / "model.keras")
+    saved = keras.models.load_model(run / "model.keras", custom_objects={"Doubled": Doubled})
     assert int(saved.optimizer.iterations) == len(losses)
     assert all(np.isfinite(weight).all() for weight in saved.get_weights())
+
+
+class Doubled(Block):
+    """Like that of the experiment; only its name and its weights count here."""
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -49,6 +49,7 @@ def test_every_large_variable_and_its_slots_are_split(report):
     runs = report["runs"]
     assert runs["FSDP, float32"]["largest share"] == 1 / 8
     assert runs["FSDP x TP, float32"]["largest share"] == 1 / 8
+    assert runs["TP, float32"]["largest share"] == 1 / 8
     assert runs["DP, float32"]["largest share"] == 1
 
 

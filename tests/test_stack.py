@@ -26,6 +26,44 @@ class WithPenalty(Block):
         return y
 
 
+class WithRegularizer(Block):
+    def build(self, input_shape):
+        super().build(input_shape)
+        penalty = keras.regularizers.L2(0.1)
+        self.bias = self.add_weight(name="bias", shape=(16,), regularizer=penalty)
+
+    def call(self, x, **arguments):
+        return super().call(x, **arguments) + self.bias
+
+
+class OwnConstant(Block):
+    """Blocks that differ in an array alone, which an inner function captures."""
+
+    def call(self, x, **arguments):
+        y = super().call(x, **arguments)
+        if keras.config.backend() != "jax":
+            return y
+        import jax
+
+        scales = np.full(16, 1.0 + int(self.name[-1]), "float32")
+        return jax.jit(lambda y: y * scales)(y)
+
+
+class OwnGradient(Block):
+    """Blocks that differ in the backward pass alone."""
+
+    def call(self, x, **arguments):
+        y = super().call(x, **arguments)
+        if keras.config.backend() != "jax":
+            return y
+        import jax
+
+        scale = float(self.name[-1])
+        identity = jax.custom_vjp(lambda y: y)
+        identity.defvjp(lambda y: (y, None), lambda _, g: (scale * g,))
+        return identity(y)
+
+
 class Precise(MLP):
     """A layer of another dtype policy than the model's."""
 
@@ -80,6 +118,9 @@ def loops(monkeypatch):
         (Block, "mixed_bfloat16", True),
         (EverySecond, "float32", False),
         (WithPenalty, "float32", True),
+        (WithRegularizer, "float32", False),
+        (OwnConstant, "float32", False),
+        (OwnGradient, "float32", False),
         (PreciseBlock, "mixed_bfloat16", True),
         (PreciseBlock, "float32", True),
     ],

@@ -54,11 +54,9 @@ def main():
             slice_options = ["--size", size, "--topology", tpu.CHIPS[kind].smallest, "--json"]
             _, out, err = compile_step(*slice_options, *options)
             steps[f"{size}, {kind}"] = json.loads(out) if out else err
-    budgets = {
-        name: {"temporaries": step["temporaries"], "step_seconds": step["step_seconds"]}
-        for name, step in steps.items()
-    }
     if "--write" in sys.argv:
+        figures = ("temporaries", "step_seconds")
+        budgets = {name: {f: step[f] for f in figures} for name, step in steps.items()}
         BUDGETS.write_text(json.dumps({**report, "steps": budgets}, indent=1) + "\n")
         return
     for name, options in ERRORS.items():

@@ -87,6 +87,7 @@ def load_speedrun(path):
     """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their module
     spec.loader.exec_module(module)
     missing = {"RECIPES", "build_model", "build_optimizer"} - set(vars(module))
     if missing:

@@ -5,10 +5,10 @@ def flops_per_token(model, seq_len):
     """Floating-point operations of training on one token, by the usual convention.
 
     Six for every weight that multiplies activations (Kaplan et al.,
-    https://arxiv.org/abs/2001.08361): all matrices but the embedding table. And for the causal
-    attention of every block 6 S N H: half of the 12 S N H (PaLM,
-    https://arxiv.org/abs/2204.02311, appendix B) that a full mask takes. Recomputation does not
-    count.
+    https://arxiv.org/abs/2001.08361): all matrices but the embedding table. And for the attention
+    of every block 12 N H (PaLM, https://arxiv.org/abs/2204.02311, appendix B) for every position
+    that a token sees: S / 2 of them on average, fewer in a sliding window. Recomputation does
+    not count, nor do weights that are no matrices.
 
     Args:
         model: a built `Grugformer`.
@@ -21,4 +21,6 @@ def flops_per_token(model, seq_len):
     matrices = [v for v in model.trainable_variables if len(v.shape) == 2 and v is not table]
     weights = sum(v.shape[0] * v.shape[1] for v in matrices)
     config = model.config
-    return 6 * weights + 6 * config.num_layers * config.num_heads * config.head_dim * seq_len
+    window = min(seq_len, config.sliding_window or seq_len)
+    seen = window - window**2 / (2 * seq_len)
+    return 6 * weights + round(12 * config.num_layers * config.num_heads * config.head_dim * seen)

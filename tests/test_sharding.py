@@ -146,3 +146,7 @@ def test_the_record_of_parameters_and_flops():
     model.build()
     weights = 2 * (4 * 16 * 16 + 3 * 16 * 24) + 16 * 32
     assert flops_per_token(model, 8) == 6 * weights + 6 * 2 * 4 * 4 * 8
+    # In a window of 2, the first of 8 positions sees one and the others two, roughly.
+    model = Grugformer(GrugConfig(32, 16, 24, 2, 4, 4, max_seq_len=8, sliding_window=2))
+    model.build()
+    assert flops_per_token(model, 8) == 6 * weights + 12 * 2 * 4 * 4 * 1.75

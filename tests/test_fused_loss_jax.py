@@ -181,5 +181,5 @@ ENTRY %main.3 (p: s32[]) -> s32[] {
 
 
 def test_an_unknown_tpu_is_named():
-    with pytest.raises(ValueError, match="kind must be one of.*'v9'"):
+    with pytest.raises(ValueError, match="topology must be of.*'v9'"):
         tpu.compile_for(lambda: 0, (), "v9")

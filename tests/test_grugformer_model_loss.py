@@ -168,7 +168,8 @@ def test_remat_is_in_the_program(tiny_config, tokens):
     for remat in (False, True):
         model = make_model(GrugConfig(**{**vars(tiny_config), "remat": remat}))
         program = str(jax.make_jaxpr(lambda x, m=model: m(x))(tokens[:, :12]))
-        assert program.count("remat2[") + program.count("checkpoint[") == (2 if remat else 0)
+        # Once: in the one loop over both blocks.
+        assert program.count("remat2[") + program.count("checkpoint[") == (1 if remat else 0)
 
 
 def test_mixed_bfloat16_trains_with_float32_weights(tiny_config, tokens):

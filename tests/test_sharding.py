@@ -78,7 +78,7 @@ def test_an_experiment_adds_a_rule(report):
     assert report["errors"]["with a rule"] is None
     remedy = report["errors"]["unknown variable"]
     assert "shape (128, 256)" in remedy
-    assert "rules={**sharding.RULES, r\".*/block_0/extra\": ('data', None)}" in remedy
+    assert r".*/block_\d+/extra" in remedy
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ def compile_report(build, *, topology, mesh, batch_size, seq_len, rules=None):
         seq_len: int, S.
 
     Returns:
-        dict, for JSON: bytes of one device, counts and seconds. What is not known of a step
-        that does not fit is None.
+        dict, for JSON: bytes of one device, counts and seconds. What is not known is None: of
+        a step that does not fit, and the time of one with Pallas kernels besides attention's.
 
     Raises:
         ValueError: for a topology, a mesh, a batch or a model that cannot be, before compiling.
@@ -101,10 +101,8 @@ def _compile(step, folder, report):
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     held = memory.argument_size_in_bytes + outputs + memory.generated_code_size_in_bytes
     peak = held + memory.temp_size_in_bytes
-    step_seconds = _cycles(step, text, folder, report) / tpu.CHIPS[_kind(report)].clock
-    tokens = report["batch_size"] * report["seq_len"]
-    peak_flops = report["devices"] * tpu.CHIPS[_kind(report)].flops
     return {
+        **_speed(_cycles(step, text, folder, report), report),
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "peak": peak,
@@ -116,18 +114,34 @@ def _compile(step, folder, report):
             }
             for kind, calls in tpu.collectives(text).items()
         },
-        "step_seconds": step_seconds,
-        "tokens_per_second": tokens / step_seconds,
-        "mfu": tokens * report["flops_per_token"] / step_seconds / peak_flops,
         "compile_seconds": seconds,
     }
 
 
+def _speed(cycles, report):
+    if cycles is None:
+        return {}
+    chip = tpu.CHIPS[report["topology"].partition(":")[0]]
+    step_seconds = cycles / chip.clock
+    tokens_per_second = report["batch_size"] * report["seq_len"] / step_seconds
+    peak_flops = report["devices"] * chip.flops
+    return {
+        "step_seconds": step_seconds,
+        "tokens_per_second": tokens_per_second,
+        "mfu": tokens_per_second * report["flops_per_token"] / peak_flops,
+    }
+
+
 def _cycles(step, text, folder, report):
-    """Static cycles of a step, the attention kernels by the blocks that causality leaves."""
+    """Static cycles of a step, the attention kernels by the blocks that causality leaves.
+
+    None if there are other kernels: how many steps those take, no one but they knows.
+    """
     kernels = tpu.kernel_calls(text)
     if not kernels:
         return tpu.static_cycles(text)
+    if not all(name.startswith("splash") for name in kernels):
+        return None
     bundles = tpu.kernel_cycles(folder)
     config = step.model.config
     examples = report["batch_size"] // report["mesh"]["data"]
@@ -145,10 +159,6 @@ def _visits(config, seq_len):
 
     mask = ops.AttentionMask(sliding_window=config.sliding_window)
     return int(plan_blocks(Grid.of(mask, seq_len, seq_len)).by_row[1].sum())
-
-
-def _kind(report):
-    return report["topology"].partition(":")[0]
 
 
 def as_text(report):
@@ -175,9 +185,17 @@ def as_text(report):
             f"{kind:20} {found['calls']:5,} a step, {found['bytes'] / 2**20:9,.1f} MiB a device"
             for kind, found in report["collectives"].items()
         ] or ["no collectives"]
-        lines += [
+        lines += [_speed_as_text(report)]
+    return "\n".join([*lines, f"compiled in {report['compile_seconds']:.1f} s"])
+
+
+def _speed_as_text(report):
+    if report["step_seconds"] is None:
+        return "step         unknown: there are Pallas kernels besides attention's"
+    return "\n".join(
+        [
             f"step         {1e3 * report['step_seconds']:.1f} ms, "
             f"{report['tokens_per_second']:,.0f} tokens/s, MFU {100 * report['mfu']:.0f}%",
             f"             {CALIBRATION}",
         ]
-    return "\n".join([*lines, f"compiled in {report['compile_seconds']:.1f} s"])
+    )

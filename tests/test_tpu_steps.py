@@ -125,6 +125,15 @@ def test_what_does_not_fit_says_so(report):
     assert "exceeds" in out or "Exceeded" in out
 
 
+def test_a_kernel_of_ones_own_is_not_timed_as_attention(monkeypatch):
+    from grug_keras import compile_report
+
+    monkeypatch.setattr(tpu, "kernel_calls", lambda _: {"splash_mha_fwd": 1, "mine": 2})
+    assert compile_report._cycles(None, "", None, {}) is None
+    assert compile_report._speed(None, {}) == {}
+    assert "unknown" in compile_report._speed_as_text({"step_seconds": None})
+
+
 def test_a_second_compile_waits(tmp_path):
     """libtpu serves one process: the other waits, says so, and then does its work."""
     command = [*GRUG, "--topology", "v5e:2x2", "--batch", "8", "--json"]

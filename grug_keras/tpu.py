@@ -232,7 +232,8 @@ def _executed(hlo_text):
                 condition, body = (
                     re.search(rf"{key}=%?([\w.\-]+)", line)[1] for key in ("condition", "body")
                 )
-                yield from walk(body, times * _trips(computations[condition]))
+                trips = _trips(computations[condition], computations[body])
+                yield from walk(body, times * trips)
 
     return walk(entry, 1)
 
@@ -260,10 +261,28 @@ def _computations(hlo_text):
     return computations, entry
 
 
-def _trips(condition):
+def _trips(condition, body):
     """Trip count of a loop that counts from 0 up to the constant of its condition."""
     text = "\n".join(condition)
-    bounds = [int(n) for n in re.findall(r"s32\[\][^\n]* constant\((\d+)\)", text)]
+    bounds = [int(n) for n in re.findall(r"[su]32\[\][^\n]* constant\((\d+)\)", text)]
     if len(bounds) != 1:
         raise ValueError(f"the bound of a loop cannot be read: {condition}")
-    return bounds[0]
+    counter = re.search(r"get-tuple-element\([^\n]*, index=(\d+)", text)
+    return math.ceil(bounds[0] / _increment("\n".join(body), counter[1] if counter else "0"))
+
+
+def _increment(body, counter):
+    """What a loop's body adds to that element of its state: 1, or as its last line says.
+
+    The loops that gather a weight part by part, beside its product, take two parts a trip.
+    """
+    old = re.search(rf"%(\S+) = \S+ get-tuple-element\([^\n]*, index={counter}\b", body)
+    new = re.search(r"ROOT .*? tuple\(([^)]*)\)", body)
+    if old and new:
+        kept = set(re.findall(r"%([\w.\-]+)", new[1]))
+        pattern = rf"%(\S+) = \S+ add\(%{re.escape(old[1])}, %([\w.\-]+)\)"
+        for name, constant in re.findall(pattern, body):
+            value = re.search(rf"%{re.escape(constant)} = \S+ constant\((\d+)\)", body)
+            if name in kept and value:
+                return int(value[1])
+    return 1

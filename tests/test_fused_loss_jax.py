@@ -180,6 +180,30 @@ ENTRY %main.3 (p: s32[]) -> s32[] {
         tpu.static_cycles(text.replace("constant(7)", "parameter(0)"))
 
 
+def test_trips_of_loops_that_count_by_two():
+    """As those that gather a weight part by part beside its product; other sums do not count."""
+    text = """
+%body.1 (p: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %one = u32[]{:T(128)} constant(1)
+  %two = u32[]{:T(128)} constant(2)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1, metadata={op_name="jit(f)/dot"}
+  %next = u32[]{:T(128)S(6)} add(%i, %one), metadata={op_name="jit(f)/dot"}
+  %i.2 = u32[]{:T(128)} add(%i, %two)
+  %a = f32[4]{0} fusion(%p, %next), backend_config={"estimated_cycles":"10"}
+  ROOT %t = (f32[4]{0}, u32[]{:T(128)}) tuple(%a, %i.2), backend_config={}
+}
+%condition.2 (p: (f32[4], u32[])) -> pred[] {
+  %n = u32[]{:T(128)} constant(4)
+  %i.3 = u32[]{:T(128)} get-tuple-element(%p), index=1
+}
+ENTRY %main.3 (p: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %w = (f32[4]{0}, u32[]) while(%p), condition=%condition.2, body=%body.1
+}
+"""
+    assert tpu.static_cycles(text) == 20
+    assert tpu.static_cycles(text.replace("constant(2)", "constant(1)")) == 40
+
+
 def test_an_unknown_tpu_is_named():
     with pytest.raises(ValueError, match="topology must be of.*'v9'"):
         tpu.compile_for(lambda: 0, (), "v9")

@@ -357,11 +357,15 @@ def rows(batch_size):
     if not isinstance(distribution, Sharding):
         return np.arange(batch_size)
     distribution.check_batch(batch_size)
-    devices = distribution.device_mesh.backend_mesh.devices
-    mine = [device.process_index == process()[0] for device in devices.flat]
-    parts = np.unique(np.argwhere(np.reshape(mine, devices.shape))[:, 0])
-    size = batch_size // distribution.num_model_replicas
-    return (parts[:, None] * size + np.arange(size)).reshape(-1)
+    return _rows_of(process()[0], distribution.device_mesh.backend_mesh.devices, batch_size)
+
+
+def _rows_of(number, devices, batch_size):
+    """`rows` of a process, by its number and the `(data, model)` array of all devices."""
+    size = batch_size // len(devices)
+    parts = [np.arange(part * size, (part + 1) * size) for part in range(len(devices))]
+    mine = [any(d.process_index == number for d in row) for row in devices]
+    return np.concatenate(parts)[np.repeat(mine, size)]
 
 
 def describe():

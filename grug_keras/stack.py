@@ -8,6 +8,7 @@ their input.
 
 import re
 from typing import NamedTuple
+import warnings
 
 from grug_keras.sharding import gather, split_batch
 import keras
@@ -33,6 +34,11 @@ def run_blocks(blocks, x, remat, **arguments):
         program = _common_program(blocks, values, x, arguments)
         if program is not None:
             return _loop(blocks, values, program, x, arguments)
+        warnings.warn(
+            f"the {len(blocks)} blocks are not one program with other weights: each is compiled "
+            "by itself, not all as one loop. The numbers are the same, compiling takes longer.",
+            stacklevel=2,
+        )
     for block in blocks:
         x = split_batch(_run(block, x, remat, arguments))
     return x

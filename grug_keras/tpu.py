@@ -264,25 +264,26 @@ def _computations(hlo_text):
 def _trips(condition, body):
     """Trip count of a loop that counts from 0 up to the constant of its condition."""
     text = "\n".join(condition)
-    bounds = [int(n) for n in re.findall(r"[su]32\[\][^\n]* constant\((\d+)\)", text)]
-    if len(bounds) != 1:
-        raise ValueError(f"the bound of a loop cannot be read: {condition}")
+    bounds = re.findall(r"([su])32\[\][^\n]* constant\((\d+)\)", text)
     counter = re.search(r"get-tuple-element\([^\n]*, index=(\d+)", text)
-    return math.ceil(bounds[0] / _increment("\n".join(body), counter[1] if counter else "0"))
+    step = _increment("\n".join(body), counter[1] if counter else "0")
+    # Loops of the program count in s32 and by one, often inside of a fusion; those in which the
+    # compiler gathers a weight part by part beside its product count in u32, some by two.
+    if len(bounds) == 1 and (step or bounds[0][0] == "s"):
+        return math.ceil(int(bounds[0][1]) / (step or 1))
+    raise ValueError(f"how often a loop runs cannot be read: {condition}")
 
 
 def _increment(body, counter):
-    """What a loop's body adds to that element of its state: 1, or as its last line says.
-
-    The loops that gather a weight part by part, beside its product, take two parts a trip.
-    """
+    """What a loop's body adds to that element of its state, None where no line of it says so."""
     old = re.search(rf"%(\S+) = \S+ get-tuple-element\([^\n]*, index={counter}\b", body)
     new = re.search(r"ROOT .*? tuple\(([^)]*)\)", body)
-    if old and new:
-        kept = set(re.findall(r"%([\w.\-]+)", new[1]))
-        pattern = rf"%(\S+) = \S+ add\(%{re.escape(old[1])}, %([\w.\-]+)\)"
-        for name, constant in re.findall(pattern, body):
-            value = re.search(rf"%{re.escape(constant)} = \S+ constant\((\d+)\)", body)
-            if name in kept and value:
-                return int(value[1])
-    return 1
+    if not (old and new):
+        return None
+    kept = set(re.findall(r"%([\w.\-]+)", new[1]))
+    pattern = rf"%(\S+) = \S+ add\(%{re.escape(old[1])}, %([\w.\-]+)\)"
+    for name, constant in re.findall(pattern, body):
+        value = re.search(rf"%{re.escape(constant)} = \S+ constant\((\d+)\)", body)
+        if name in kept and value:
+            return int(value[1])
+    return None

@@ -176,7 +176,7 @@ ENTRY %main.3 (p: s32[]) -> s32[] {
 """
     assert tpu.static_cycles(text) == 75
     assert tpu.largest_buffer(text) == (1024, (8, 128))
-    with pytest.raises(ValueError, match="bound of a loop"):
+    with pytest.raises(ValueError, match="how often a loop runs"):
         tpu.static_cycles(text.replace("constant(7)", "parameter(0)"))
 
 
@@ -202,6 +202,10 @@ ENTRY %main.3 (p: (f32[4], u32[])) -> (f32[4], u32[]) {
 """
     assert tpu.static_cycles(text) == 20
     assert tpu.static_cycles(text.replace("constant(2)", "constant(1)")) == 40
+    unread = text.replace("add(%i, %two)", "fusion(%i, %two)")
+    with pytest.raises(ValueError, match="how often a loop runs cannot be read"):
+        tpu.static_cycles(unread)
+    assert tpu.static_cycles(unread.replace("u32", "s32")) == 40
 
 
 def test_an_unknown_tpu_is_named():

@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 from grug_keras import GrugConfig, Grugformer, sharding
 from grug_keras.data import TokenBatches
@@ -128,6 +129,21 @@ def test_processes_make_their_rows_of_the_same_batches():
             np.testing.assert_array_equal(weights, expected_weights[part.rows])
             for name, value in inputs.items():
                 np.testing.assert_array_equal(value, expected_inputs[name][part.rows])
+
+
+@pytest.mark.parametrize(
+    ("processes", "rows"),  # of each device on the mesh; of a batch of 8, by process
+    [
+        ([[0], [0], [1], [1]], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ([[0], [1], [1], [0]], [[0, 1, 6, 7], [2, 3, 4, 5]]),  # a slice is not numbered in order
+        ([[0, 0], [1, 1]], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ([[0, 1], [2, 3]], [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]]),
+    ],
+)
+def test_a_process_makes_the_rows_of_its_devices(processes, rows):
+    devices = np.array([[types.SimpleNamespace(process_index=n) for n in row] for row in processes])
+    for number, expected in enumerate(rows):
+        assert list(sharding._rows_of(number, devices, 8)) == expected
 
 
 def test_without_a_mesh_nothing_is_split(rng):

@@ -125,7 +125,7 @@ def loops(monkeypatch):
         (PreciseBlock, "float32", True),
     ],
 )
-def test_a_loop_over_blocks_trains_as_blocks_written_out(block_class, policy, loop, loops):
+def test_a_loop_over_blocks_trains_as_blocks_written_out(block_class, policy, loop, loops, recwarn):
     keras.config.set_dtype_policy(policy)
     try:
         results = [train(block_class, remat, np.random.default_rng(0)) for remat in (True, False)]
@@ -134,6 +134,7 @@ def test_a_loop_over_blocks_trains_as_blocks_written_out(block_class, policy, lo
     (losses, weights), (expected_losses, expected) = results
     assert loops == ([loop] * len(loops) if keras.config.backend() == "jax" else [])
     assert loops or keras.config.backend() != "jax"
+    assert any("compiled by itself" in str(w.message) for w in recwarn) == (False in loops)
     tolerance = 1e-5 if policy == "float32" else 1e-2
     np.testing.assert_allclose(losses, expected_losses, rtol=tolerance)
     for got, want in zip(weights, expected, strict=True):

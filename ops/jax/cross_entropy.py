@@ -32,6 +32,8 @@ CHUNK_LOGITS = {"cpu": 20_000_000, "tpu": 2**28, "cuda": 2**29, "rocm": 2**29}
 # And at most so many for each element of the head: on TPU a chunk takes 6 bytes a logit, the
 # head's gradient 4 an element, and a narrow head needs no more memory than it has to.
 LOGITS_PER_ELEMENT = 1.5
+# Rows of a bfloat16 tile on TPU. Chunks of 745 tokens cost the tpu7x compiler minutes.
+TILE_ROWS = 16
 
 
 def chunked_total(hidden, lm_head, labels, weights, options):
@@ -152,6 +154,8 @@ def by_tokens(hidden, lm_head, labels, weights, logsumexp, options, columns):
         platform: options.chunk_size or chunk_tokens(num_tokens, num_columns, chunk_logits)
         for platform, chunk_logits in limits.items()
     }
+    if not options.chunk_size:
+        sizes["tpu"] += -sizes["tpu"] % TILE_ROWS
     if len(set(sizes.values())) == 1:
         return scan(arrays, sizes["cpu"])
     branches = {platform: functools.partial(scan, size=size) for platform, size in sizes.items()}

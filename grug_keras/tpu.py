@@ -281,7 +281,9 @@ def _increment(body, counter):
     if not (old and new):
         return None
     kept = set(re.findall(r"%([\w.\-]+)", new[1]))
-    pattern = rf"%(\S+) = \S+ add\(%{re.escape(old[1])}, %([\w.\-]+)\)"
+    copies = re.findall(rf"%(\S+) = \S+ copy\(%{re.escape(old[1])}\)", body)
+    olds = "|".join(re.escape(name) for name in [old[1], *copies])
+    pattern = rf"%(\S+) = \S+ add\(%(?:{olds}), %([\w.\-]+)\)"
     for name, constant in re.findall(pattern, body):
         value = re.search(rf"%{re.escape(constant)} = \S+ constant\((\d+)\)", body)
         if name in kept and value:

@@ -202,6 +202,9 @@ ENTRY %main.3 (p: (f32[4], u32[])) -> (f32[4], u32[]) {
 """
     assert tpu.static_cycles(text) == 20
     assert tpu.static_cycles(text.replace("constant(2)", "constant(1)")) == 40
+    copied = text.replace("add(%i, %two)", "add(%i.c, %two)")
+    copied = copied.replace("  %a = ", "  %i.c = u32[]{:T(128)S(6)} copy(%i)\n  %a = ")
+    assert tpu.static_cycles(copied) == 20
     unread = text.replace("add(%i, %two)", "fusion(%i, %two)")
     with pytest.raises(ValueError, match="how often a loop runs cannot be read"):
         tpu.static_cycles(unread)

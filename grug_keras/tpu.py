@@ -143,12 +143,18 @@ def collectives(hlo_text):
     computations, _ = _computations(hlo_text)
     found = {kind: [] for kind in COLLECTIVES}
     pattern = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+    # On tpu7x the SparseCore sends and gets, in computations of its own.
+    calling = re.compile(
+        r" (?:(?:fusion|async-start)\(.*calls|call-start\(.*to_apply)=%?([\w.\-]+)"
+    )
     for line, times in _executed(hlo_text):
-        called = re.search(r" (?:fusion|async-start)\(.*calls=%?([\w.\-]+)", line)
+        called = calling.search(line)
         for inner in computations[called[1]] if called else [line]:
             if call := pattern.search(inner):
                 kind = "reduce-scatter" if called and "all-reduce-scatter" in called[1] else call[2]
                 arrays = _arrays(call[1])
+                if call[2] == "reduce-scatter":
+                    arrays = _operands(hlo_text, inner)
                 if call[3] and call[2] in ("all-gather", "collective-permute"):
                     arrays = arrays[1:2]  # the operand comes first
                 shapes, sizes = zip(*arrays, strict=True)
@@ -246,6 +252,15 @@ def _arrays(shapes):
         elements = math.prod(int(n) for n in dims.split(",") if n)
         found.append((f"{dtype}[{dims}]", elements * bits // 8))
     return found or [("()", 0)]
+
+
+def _operands(hlo_text, line):
+    """As `_arrays`, of what an instruction takes: of each operand, what made it says its type."""
+    found = []
+    for name in re.findall(r"%([\w.\-]+)", re.search(r"= .*? [\w\-]+\(([^)]*)\)", line)[1]):
+        made = re.search(rf"%{re.escape(name)} = (.*?) [\w\-]+\(", hlo_text)
+        found += _arrays(made[1])
+    return found
 
 
 def _computations(hlo_text):

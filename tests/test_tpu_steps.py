@@ -44,6 +44,11 @@ def test_collectives_are_counted():
   %a = bf16[8]{0} all-reduce(%p), to_apply=%add
 }
 
+%scattered (h: bf16[24]) -> bf16[6] {
+  %h = bf16[24]{0} parameter(0)
+  ROOT %r = bf16[6]{0} reduce-scatter(%h), dimensions={0}, to_apply=%add
+}
+
 %condition (p: (s32[])) -> pred[] {
   %bound = s32[] constant(6)
 }
@@ -58,12 +63,14 @@ ENTRY %main (p: f32[4]) -> f32[16] {
   %c = f32[16]{0} all-gather-done(%b)
   %d = ((f32[4]), f32[16]) async-start(%p), calls=%wrapped
   %e = (f32[3]{0}, bf16[2]{0}) all-reduce(%p, %q), to_apply=%add
+  %f = ((f32[4]), f32[16]) call-start(%p), async_execution_thread="sparsecore", to_apply=%wrapped
+  %g = ((bf16[24]), bf16[6]) async-start(%p), calls=%scattered
 }
 """
     assert tpu.collectives(text) == {
-        "all-gather": [(1, "f32[16]", 64), (1, "f32[16]", 64)],
+        "all-gather": [(1, "f32[16]", 64)] * 3,
         "all-reduce": [(1, "f32[3], bf16[2]", 16)],
-        "reduce-scatter": [(6, "bf16[8]", 16)],
+        "reduce-scatter": [(6, "bf16[8]", 16), (1, "bf16[24]", 48)],
     }
 
 

@@ -34,7 +34,7 @@ ROWS = [  # size, topology, batch, further options
     ("1_2b", "v5p:2x2x4", 256, ""),
     ("1_2b", "v5p:4x4x4", 256, ""),
     ("1_2b", "v5p:4x4x4", 256, "--mesh data=32,model=2"),
-    ("1_2b", "tpu7x:2x2x1", 64, "--seq-len 4096"),
+    ("1_2b", "tpu7x:2x2x1", 16, "--seq-len 4096"),
 ]
 
 TITLES = ["size, batch", "slice", "mesh", "GiB a device", "fits"]

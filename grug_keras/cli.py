@@ -57,7 +57,7 @@ def compile_command(speedrun, topology, size, batch, seq_len, vocab_size, mesh, 
 
     def build():
         model = script.build_model(config)
-        model.compile(script.build_optimizer(schedule))
+        model.compile(script.build_optimizer(schedule), accumulate=recipe.accumulate)
         return model
 
     try:
@@ -74,6 +74,56 @@ def compile_command(speedrun, topology, size, batch, seq_len, vocab_size, mesh, 
     report = {"experiment": speedrun.stem, "size": size, **report}
     click.echo(json.dumps(report, indent=1) if options["as_json"] else as_text(report))
     sys.exit(0 if report["fits"] else 1)
+
+
+@main.command("tokenize", context_settings={"show_default": True})
+@click.argument("data")
+@click.option("--out", required=True, type=click.Path(path_type=pathlib.Path), help="A new folder.")
+@click.option(
+    "--tokenizer",
+    default="bytes",
+    metavar="bytes|bpe:N|PATH|PRESET",
+    help="bytes, a BPE of N tokens trained on DATA, a tokenizer.json, or KerasHub's.",
+)
+@click.option("--shard-tokens", default=10**8, type=click.IntRange(min=1), help="Tokens a file.")
+def tokenize_command(data, out, tokenizer, shard_tokens):
+    """Tokenizes DATA to files that a speedrun takes as --data, however large it is.
+
+    DATA is a file or a folder of text, JSON lines or Parquet, or a TFDS dataset. Where a former
+    call was interrupted, the same command goes on.
+    """
+    from grug_keras.data import tokenize
+
+    try:
+        made = tokenize(data, tokenizer, out, shard_tokens=shard_tokens, progress=True)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    for split, found in made["splits"].items():
+        click.echo(
+            f"{split}: {found['tokens']:,} tokens of {found['documents']:,} documents, "
+            f"{found['bytes']:,} bytes, in {len(found['shards'])} files"
+        )
+    if made["empty_documents"]:
+        click.echo(f"{made['empty_documents']:,} empty documents are left out")
+    click.echo(f"sha256 {made['sha256'][:12]}, tokenizer {made['tokenizer']['name']}: {out}")
+
+
+@main.command("plot", context_settings={"show_default": True})
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=pathlib.Path))
+@click.option(
+    "--out", default="loss", type=click.Path(path_type=pathlib.Path), help="Without an ending."
+)
+def plot_command(runs, out):
+    """Draws the losses of run folders against steps and seconds, to OUT.png and OUT.svg."""
+    from grug_keras.plot import plot_runs
+
+    try:
+        for ending in (".png", ".svg"):
+            path = out.with_name(out.name.removesuffix(".png").removesuffix(".svg") + ending)
+            plot_runs(runs, path)
+            click.echo(path)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 def load_speedrun(path):

@@ -1,5 +1,35 @@
 """How much arithmetic a model takes, derived from the built model."""
 
+MFU_CONVENTION = (
+    "6 per matrix weight but the embedding table's, 12 N H per position seen (half of a causal "
+    "window); no recomputation; peak of dense bfloat16 products"
+)
+
+# Dense bfloat16 products a second of one JAX or CUDA device, by the start of its name, from the
+# makers' product pages. A device that is not here has no MFU, rather than a guessed one.
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device):
+    """Peak of all devices of a run, or None where it is not known.
+
+    Args:
+        device: dict with `kind` and `count`, see `results.device`.
+    """
+    names = [name for name in _PEAKS if device["kind"].startswith(name)]
+    return _PEAKS[max(names, key=len)] * device["count"] if names else None
+
 
 def flops_per_token(model, seq_len):
     """Floating-point operations of training on one token, by the usual convention.

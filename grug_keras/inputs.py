@@ -33,16 +33,22 @@ def unpack(config, inputs):
     return token_ids, inputs.get("segment_ids"), inputs.get("positions")
 
 
-def check_data(config, where, x, y=None, weights=None):
+def check_data(config, where, x, y=None, weights=None, batch_size=None, accumulate=1):
     """Checks data before Keras compiles: on JAX, an error inside a step loses the weights.
 
     Arrays are checked whole, a `PyDataset` by its first batch; other datasets are met by
     the same checks when the step is traced.
     """
-    if isinstance(x, keras.utils.PyDataset):
+    whole = isinstance(x, keras.utils.PyDataset)
+    if whole:
         x, y, weights = keras.utils.unpack_x_y_sample_weight(x[0])
     if not isinstance(x, dict) and not hasattr(x, "shape"):
         return
+    number = len(x["token_ids"] if isinstance(x, dict) and "token_ids" in x else x)
+    size = number if whole else min(batch_size or 32, number)
+    for rows in (size, number % max(size, 1)):
+        if rows % accumulate:
+            raise ValueError(f"accumulate={accumulate} must divide the batch of {rows} rows")
     if y is None:
         raise ValueError(f"{where} needs y, the labels (the tokens shifted by one), got None")
     token_ids, *_ = unpack(config, x)

@@ -5,6 +5,7 @@ import dataclasses
 from grug_keras import ops
 from grug_keras.attention import CausalSelfAttention
 from grug_keras.config import GrugConfig
+from grug_keras.gradients import accumulated_step, norm_of_gradients
 from grug_keras.inputs import check_data, check_ids, unpack
 from grug_keras.layer import GrugLayer, initializer
 from grug_keras.loss import next_token_loss
@@ -175,6 +176,7 @@ class Grugformer(keras.Model):
         self.lm_head = LMHead(config, name="lm_head", dtype=self.dtype_policy)
         self.token_loss = keras.metrics.Mean(name="token_loss")
         self.batch_loss = keras.metrics.Mean(name="batch_loss")
+        self.accumulate = 1
 
     def build(self, input_shape=None):
         """Creates every weight, the head's too: only the loss uses it, too late to build it."""
@@ -191,25 +193,27 @@ class Grugformer(keras.Model):
         check_ids(self.config, "token_ids", token_ids)
         return super().__call__(inputs, **kwargs)
 
-    def fit(self, x=None, y=None, *args, **kwargs):
+    def fit(self, x=None, y=None, batch_size=None, *args, **kwargs):
         """Trains with `keras.Model.fit`, after checking what can be checked before it compiles.
 
         Args:
             x: inputs of a call, or any Keras dataset of `(inputs, labels, weights)`.
             y: int array `(B, S)`, the token that follows each position.
-            *args, **kwargs: of `keras.Model.fit`. `sample_weight` is `(B, S)` or `(B,)`.
+            batch_size, *args, **kwargs: of `keras.Model.fit`. `sample_weight` is `(B, S)` or
+                `(B,)`.
 
         Returns:
-            `History` with `loss`, the token-weighted mean of the epoch, and `batch_loss`, of
-            its last step.
+            `History` with `loss`, the token-weighted mean of the epoch, and `batch_loss` and
+            `gradient_norm` of its last step.
 
         Raises:
             ValueError: names the argument and the value.
         """
-        check_data(self.config, "fit", x, y, kwargs.get("sample_weight"))
+        weights = kwargs.get("sample_weight")
+        check_data(self.config, "fit", x, y, weights, batch_size, self.accumulate)
         if isinstance(kwargs.get("validation_data"), tuple):
             check_data(self.config, "validation_data", *kwargs["validation_data"])
-        return super().fit(x, y, *args, **kwargs)
+        return super().fit(x, y, batch_size, *args, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
         """Evaluates with `keras.Model.evaluate`; arguments as of `fit`.
@@ -247,13 +251,22 @@ class Grugformer(keras.Model):
         """
         return self.lm_head(self(inputs))
 
-    def compile(self, optimizer="adamw", loss=None, metrics=None, weighted_metrics=None, **kwargs):
+    def compile(
+        self,
+        optimizer="adamw",
+        loss=None,
+        metrics=None,
+        weighted_metrics=None,
+        accumulate=1,
+        **kwargs,
+    ):
         """Configures training. The loss is built in; only the optimizer is to be chosen.
 
         Args:
             optimizer: str or `keras.optimizers.Optimizer`.
             loss, metrics, weighted_metrics: refused: they would be given hidden states as
                 predictions.
+            accumulate: int, parts that a batch is taken in, to need memory for one of them.
             **kwargs: `jit_compile`, `run_eagerly`, `steps_per_execution`, ...
         """
         given = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics}
@@ -264,7 +277,24 @@ class Grugformer(keras.Model):
                     "loss, and a Keras loss or metric would see hidden states as predictions. "
                     "Call compile(optimizer), or override compute_loss."
                 )
+        if accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+        self.accumulate = accumulate
         super().compile(optimizer=optimizer, **kwargs)
+
+    def train_step(self, *arguments):
+        """A Keras training step; its logs also have `gradient_norm`, of all gradients at once."""
+        if self.accumulate > 1:
+            return accumulated_step(self, arguments, self.accumulate)
+        with norm_of_gradients(self.optimizer) as norms:
+            result = super().train_step(*arguments)
+        if keras.config.backend() == "jax":
+            logs, state = result
+            return {**logs, "gradient_norm": norms[0]}, state
+        return {**result, "gradient_norm": norms[0]}
+
+    def get_compile_config(self):
+        return {**(super().get_compile_config() or {}), "accumulate": self.accumulate}
 
     def compile_from_config(self, config):
         """Restores the optimizer of a saved model; Keras leaves this to models with a `compile`."""

@@ -1,32 +1,51 @@
-"""The loss picture of a run."""
+"""Pictures of loss curves: of one run as it ends, or of several side by side."""
 
 import csv
+import json
+import pathlib
 
 from grug_keras.results import write_atomically
+
+
+def read_curve(path):
+    """The columns of a curve that `Meter` wrote.
+
+    Args:
+        path: the CSV file.
+
+    Returns:
+        dict of column -> list of floats, nan where there is none.
+
+    Raises:
+        ValueError: if it is no curve, or has no row.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"step", "tokens", "seconds", "loss"} <= rows[0].keys():
+        raise ValueError(f"{path} holds no loss curve")
+    return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
 
 
 def plot_curve(csv_path, png_path, *, title, validation=None):
     """Draws training loss against tokens, raw and smoothed.
 
     Args:
-        csv_path: the curve that `CurveLogger` wrote.
+        csv_path: the curve of a run.
         png_path: where the picture goes.
         title: str.
         validation: float or None, final validation loss in nats per token.
     """
     import matplotlib.figure  # a Figure without pyplot needs no display
 
-    with open(csv_path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    tokens = [int(row["tokens"]) for row in rows]
-    losses = [float(row["loss"]) for row in rows]
-
+    curve = read_curve(csv_path)
     figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(
-        tokens, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, per step"
-    )
-    axes.plot(tokens, _smooth(losses), color="tab:blue", linewidth=1.6, label="training, smoothed")
+        curve["tokens"], curve["loss"], color="tab:blue", alpha=0.25, linewidth=0.8,
+        label="training, per step",
+    )  # fmt: skip
+    smooth = _smooth(curve["loss"])
+    axes.plot(curve["tokens"], smooth, color="tab:blue", linewidth=1.6, label="training, smoothed")
     if validation is not None:
         axes.axhline(
             validation, color="tab:red", linestyle="--", linewidth=1.2,
@@ -34,11 +53,75 @@ def plot_curve(csv_path, png_path, *, title, validation=None):
         )  # fmt: skip
     axes.set_title(title)
     axes.set_xlabel("training tokens")
+    _finish(axes)
+    write_atomically(png_path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def plot_runs(folders, path):
+    """Draws the smoothed loss of several runs against steps and against seconds.
+
+    Points are the evaluations on the validation slice.
+
+    Args:
+        folders: list of run folders.
+        path: where the picture goes; its ending says which kind, `.png` or `.svg`.
+
+    Raises:
+        ValueError: names a folder that holds no curve.
+    """
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for folder, label in zip(map(pathlib.Path, folders), _labels(folders), strict=True):
+        if not (folder / "curve.csv").is_file():
+            raise ValueError(f"{folder} holds no curve.csv: not a run folder")
+        curve = read_curve(folder / "curve.csv")
+        smooth = _smooth(curve["loss"])
+        for axes, name in zip(panels, ("step", "seconds"), strict=True):
+            (line,) = axes.plot(curve[name], smooth, linewidth=1.4, label=label)
+            points = _evaluations(folder, curve, name)
+            axes.plot(*points, "o", color=line.get_color(), markersize=4)
+    # The first steps fall from so high that the rest would be a flat line.
+    tops = [max(axis.get_ydata()[len(axis.get_ydata()) // 50 :]) for axis in panels[0].lines[::2]]
+    bottom = min(min(line.get_ydata(), default=float("inf")) for line in panels[0].lines)
+    panels[0].set_ylim(bottom - 0.05 * (max(tops) - bottom), max(tops))
+    for axes, name in zip(panels, ("step", "training seconds"), strict=True):
+        axes.set_xlabel(name)
+        _finish(axes)
+    panels[1].set_ylabel("")
+    if any(len(_evaluations(pathlib.Path(f), None, "step")[0]) for f in folders):
+        figure.suptitle("training loss, smoothed; points are the validation slice", fontsize=10)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def _labels(folders):
+    """The shortest ends of the paths that tell them apart."""
+    names = [pathlib.Path(folder).resolve().parts for folder in folders]
+    for length in range(1, max(map(len, names)) + 1):
+        ends = ["/".join(name[-length:]) for name in names]
+        if len(set(ends)) == len(ends):
+            return ends
+    return ends
+
+
+def _evaluations(folder, curve, name):
+    """Where in the column `name`, and what, the evaluations of a run are."""
+    results = folder / "results.json"
+    found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    found = found.get("evaluations", [])
+    steps = [evaluation["step"] for evaluation in found]
+    where = steps if name == "step" else [curve[name][step - 1] for step in steps]
+    return where, [evaluation["loss"] for evaluation in found]
+
+
+def _finish(axes):
+    import matplotlib.ticker
+
     axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     axes.grid(alpha=0.3)
-    axes.legend()
-    write_atomically(png_path, lambda temporary: figure.savefig(temporary, dpi=150))
+    axes.legend(fontsize=8)
 
 
 def _smooth(values, decay=0.95):

@@ -6,7 +6,7 @@ import numpy as np
 
 @keras.saving.register_keras_serializable(package="grug_keras")
 class Trapezoid(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up, plateau, linear cool-down to zero.
+    """Linear warm-up, plateau, linear or cosine cool-down to zero.
 
     The values come from optax once, as a table of `steps` numbers, so that TensorFlow and
     PyTorch follow the same schedule to the bit.
@@ -16,6 +16,7 @@ class Trapezoid(keras.optimizers.schedules.LearningRateSchedule):
         steps: int >= 1, optimizer updates in the whole run.
         warmup: float in [0, 1], fraction of the steps spent rising.
         cooldown: float in [0, 1], fraction spent falling; `warmup + cooldown <= 1`.
+        shape: str, of the fall: `"linear"` or `"cosine"` (half a wave).
 
     Raises:
         ValueError: names the argument and the value.
@@ -27,7 +28,7 @@ class Trapezoid(keras.optimizers.schedules.LearningRateSchedule):
     Reference: Hägele et al., https://arxiv.org/abs/2405.18392.
     """
 
-    def __init__(self, peak, steps, warmup=0.05, cooldown=0.7):
+    def __init__(self, peak, steps, warmup=0.05, cooldown=0.7, shape="linear"):
         if not peak > 0:
             raise ValueError(f"peak must be positive, got {peak}")
         if steps < 1:
@@ -37,21 +38,26 @@ class Trapezoid(keras.optimizers.schedules.LearningRateSchedule):
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         if warmup + cooldown > 1:
             raise ValueError(f"warmup + cooldown must be at most 1, got {warmup} + {cooldown}")
+        if shape not in ("linear", "cosine"):
+            raise ValueError(f"shape must be 'linear' or 'cosine', got {shape!r}")
         self.peak, self.steps, self.warmup, self.cooldown = peak, steps, warmup, cooldown
+        self.shape = shape
         import optax  # here, so that loading a saved schedule is all that needs it
 
         rise, fall = round(warmup * steps), round(cooldown * steps)
-        shape = optax.join_schedules(
+        falls = {"linear": optax.linear_schedule(1.0, 0.0, max(fall, 1)),
+                 "cosine": optax.cosine_decay_schedule(1.0, max(fall, 1))}  # fmt: skip
+        curve = optax.join_schedules(
             [
                 # the first step already learns: 1 / rise, not 0
                 optax.linear_schedule(1 / max(rise, 1), 1.0, max(rise - 1, 1)),
                 optax.constant_schedule(1.0),
                 # the last step still learns: 0 comes one step after the end
-                optax.linear_schedule(1.0, 0.0, max(fall, 1)),
+                falls[shape],
             ],
             boundaries=[rise, steps - fall],
         )
-        self._table = peak * np.asarray(shape(np.arange(steps)), dtype="float32")
+        self._table = peak * np.asarray(curve(np.arange(steps)), dtype="float32")
 
     def at(self, step):
         """The learning rate of update `step` (from 0), as a float."""
@@ -62,5 +68,5 @@ class Trapezoid(keras.optimizers.schedules.LearningRateSchedule):
         return keras.ops.take(keras.ops.convert_to_tensor(self._table), index)
 
     def get_config(self):
-        names = ("peak", "steps", "warmup", "cooldown")
+        names = ("peak", "steps", "warmup", "cooldown", "shape")
         return {name: getattr(self, name) for name in names}

@@ -341,6 +341,16 @@ def process():
     return jax.process_index(), jax.process_count()
 
 
+def agree(text):
+    """The first process's text, on all of them: up to 1000 bytes."""
+    if process()[1] == 1:
+        return text
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(text.encode().ljust(1000, b"\0"), dtype=np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes().rstrip(b"\0").decode()
+
+
 def rows(batch_size):
     """Which rows of a batch the devices of this process hold: those that it must make.
 
@@ -406,7 +416,8 @@ def on_this_host(model):
         config = {**model.get_config(), "block_class": model.block_class}
         copy = type(model).from_config(config)
         copy.build()
-        copy.compile(type(model.optimizer).from_config(model.optimizer.get_config()))
+        optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
+        copy.compile(optimizer, accumulate=model.accumulate)
         copy.optimizer.build(copy.trainable_variables)
         copy.set_weights(weights)
         copy.optimizer.set_weights(slots)

@@ -1,33 +1,23 @@
-"""Runs an experiment script: options, data, `fit`, evaluation, and a folder with the record."""
+"""The command line of an experiment script."""
 
 import contextlib
 import dataclasses
-import datetime
 import importlib.util
 import logging
-import math
 import os
-import pathlib
-import shlex
 import sys
 import tempfile
-import time
 
 import click
 from grug_keras import sharding
 from grug_keras.backend import describe_backend
-from grug_keras.callbacks import Checkpoint, CurveLogger, StopOnInterrupt
-from grug_keras.config import GrugConfig
-from grug_keras.data import TokenBatches, load_corpus, load_tokenizer, token_stream
-from grug_keras.data.corpus import cut_text
-from grug_keras.generate import generate
-from grug_keras.plot import plot_curve
-from grug_keras.results import device, git_state, new_run_dir, versions, write_json
+from grug_keras.data.batches import PACKINGS
+from grug_keras.metrics import SINKS
+from grug_keras.run import Speedrun, size_config
 from grug_keras.schedule import Trapezoid
 import keras
 
-VALIDATION_BYTES = 2**18
-EXIT_INTERRUPTED, EXIT_DIVERGED = 130, 1
+__all__ = ["Recipe", "Speedrun", "main", "restart_with", "size_config"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +30,14 @@ class Recipe:
         learning_rate: float, peak.
         warmup: float, fraction of the steps spent rising to the peak.
         cooldown: float, fraction of the steps spent falling to zero.
+        shape: str, of the fall: `"linear"` or `"cosine"`.
+        accumulate: int, parts that a batch is taken in.
+        save_every: int or None, steps between checkpoints; None is a tenth of the run.
+        evaluate_every: int or None, steps between evaluations; None is at the end only.
+        keep: int, last checkpoints that stay, besides the best one.
+
+    Raises:
+        ValueError: names the argument and the value.
     """
 
     steps: int
@@ -47,10 +45,34 @@ class Recipe:
     learning_rate: float
     warmup: float = 0.05
     cooldown: float = 0.7
+    shape: str = "linear"
+    accumulate: int = 1
+    save_every: int | None = None
+    evaluate_every: int | None = None
+    keep: int = 3
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "save_every", "evaluate_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate} must divide batch_size={self.batch_size}"
+            )
 
     def schedule(self):
         """The learning rate by step."""
-        return Trapezoid(self.learning_rate, self.steps, self.warmup, self.cooldown)
+        return Trapezoid(self.learning_rate, self.steps, self.warmup, self.cooldown, self.shape)
+
+    def stop(self, step):
+        """The next step after `step` at which training halts, to evaluate or to save."""
+        periods = (self.save_every or -(-self.steps // 10), self.evaluate_every or self.steps)
+        return min(self.steps, *((step // period + 1) * period for period in periods))
+
+    def evaluates(self, step):
+        """Whether the model is evaluated after `step` steps."""
+        return step == self.steps or bool(self.evaluate_every and step % self.evaluate_every == 0)
 
 
 def main(script, recipes, build_model, build_optimizer, rules=None):
@@ -71,16 +93,29 @@ def main(script, recipes, build_model, build_optimizer, rules=None):
         "--data",
         default="python_stdlib",
         metavar="NAME|PATH",
-        help="python_stdlib (no network), a local text file or folder, or a TFDS dataset.",
+        help="python_stdlib (no network); a file or folder of text, JSON lines or Parquet; a TFDS "
+        "dataset; or tokens: a folder of `grug tokenize` or of .bin files.",
     )
     @click.option(
-        "--tokenizer", default="bytes", metavar="bytes|PATH", help="bytes, or a tokenizer.json."
+        "--tokenizer",
+        metavar="bytes|bpe:N|PATH|PRESET",
+        show_default="the one of the tokens, else bytes",
+        help="bytes, a BPE of N tokens trained on the text, a tokenizer.json, or KerasHub's.",
+    )
+    @click.option(
+        "--packing",
+        type=click.Choice(list(PACKINGS)),
+        default="stream",
+        help="Windows of the token stream, or whole documents side by side.",
     )
     @click.option(
         "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Weights and data order."
     )
     @click.option("--steps", type=click.IntRange(min=1), help="Instead of the recipe's.")
     @click.option("--batch", type=click.IntRange(min=1), help="Sequences a step, likewise.")
+    @click.option(
+        "--accumulate", type=click.IntRange(min=1), help="Parts that a batch is taken in."
+    )
     @click.option("--seq-len", type=click.IntRange(min=8), help="Instead of the model's longest.")
     @click.option("--dtype", type=click.Choice(policies), default=policies[0], help="Keras policy.")
     @click.option(
@@ -101,15 +136,42 @@ def main(script, recipes, build_model, build_optimizer, rules=None):
         show_default="the size's",
         help="Recompute blocks in the backward pass: less memory, more time.",
     )
+    @click.option(
+        "--save-every",
+        type=click.IntRange(min=1),
+        show_default="a tenth",
+        help="Steps a checkpoint.",
+    )
+    @click.option(
+        "--evaluate-every",
+        type=click.IntRange(min=1),
+        show_default="the end",
+        help="Steps likewise.",
+    )
     @click.option("--out", default="runs", type=click.Path(file_okay=False), help="Run folders.")
-    def command(size, steps, batch, backend, dtype, mesh, **options):
-        """Trains this speedrun; leaves results, curve, picture and checkpoint in OUT."""
+    @click.option(
+        "--resume",
+        is_flag=False,
+        flag_value="",
+        default=None,
+        metavar="[RUN]",
+        help="Go on with a run folder, or with the newest that is not finished, if any.",
+    )
+    @click.option(
+        "--log", multiple=True, type=click.Choice(list(SINKS)), help="Where numbers go as well."
+    )
+    def command(size, backend, dtype, mesh, **options):
+        """Trains this speedrun; leaves results, curve, picture and checkpoints in OUT."""
         restart_with(backend)
         keras.config.set_dtype_policy(dtype)
-        changes = {"steps": steps, "batch_size": batch}
-        recipe = dataclasses.replace(recipes[size], **{k: v for k, v in changes.items() if v})
+        options["batch_size"] = options.pop("batch")
+        changed = ("steps", "batch_size", "accumulate", "save_every", "evaluate_every")
+        changes = {name: options.pop(name) for name in changed}
         with contextlib.ExitStack() as stack:
             try:
+                recipe = dataclasses.replace(
+                    recipes[size], **{k: v for k, v in changes.items() if v is not None}
+                )
                 if mesh:
                     keras.utils.set_random_seed(options["seed"])  # else the processes agree on one
                     sharding.initialize()
@@ -152,235 +214,3 @@ def restart_with(backend):
         os.environ["KERAS_BACKEND"] = backend
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *sys.argv])
-
-
-class Speedrun:
-    """One run: reads and checks everything on construction, trains when called.
-
-    Args:
-        script: str, path of the experiment script.
-        size: str, preset of the model.
-        recipe: `Recipe`.
-        data: str, see `load_corpus`.
-        tokenizer: str, see `load_tokenizer`.
-        seed: int, of the weights and the data order.
-        seq_len: int or None, sequence length; defaults to the preset's `max_seq_len`.
-        remat: bool or None, instead of the preset's.
-        out: str, folder of the run folders.
-
-    Raises:
-        ValueError: if the data or the options cannot make a batch.
-    """
-
-    def __init__(
-        self,
-        script,
-        size,
-        recipe,
-        *,
-        data,
-        tokenizer="bytes",
-        seed=0,
-        seq_len=None,
-        remat=None,
-        out="runs",
-    ):
-        self.script, self.size, self.recipe, self.seed = pathlib.Path(script), size, recipe, seed
-        self.tokenizer = load_tokenizer(tokenizer)
-        self.config = size_config(size, self.tokenizer.vocab_size, seq_len, remat)
-        self.corpus = load_corpus(data)
-        self.validation = self.corpus.validation_slice(VALIDATION_BYTES)
-        window = {
-            "bos_id": self.tokenizer.bos_id,
-            "seq_len": self.config.max_seq_len,
-            "batch_size": recipe.batch_size,
-            "rows": sharding.rows(recipe.batch_size),
-        }
-        train_tokens = token_stream(self.corpus.train, self.tokenizer)
-        self.train_batches = TokenBatches(train_tokens, steps=recipe.steps, seed=seed, **window)
-        self.validation_tokens = token_stream(self.validation, self.tokenizer)
-        self.validation_batches = TokenBatches(self.validation_tokens, **window)
-        self.schedule = recipe.schedule()
-        self.folder = new_run_dir(out, f"{self.script.stem}-{size}-seed{seed}")
-
-    def __call__(self, build_model, build_optimizer):
-        """Trains, evaluates, records. Returns the exit status of the process."""
-        begin = time.perf_counter()
-        keras.utils.set_random_seed(self.seed)
-        try:
-            model = build_model(self.config)
-            model.build()
-        except ValueError as error:  # a variable that the mesh cannot split
-            raise click.ClickException(str(error)) from error
-        model.compile(build_optimizer(self.schedule))
-        record = self._describe(model)
-        self._announce(record)
-        self._save(record)
-        try:
-            self._fit(model, record)
-            if record["status"] == "trained":
-                self._evaluate(model, record)
-                record["status"] = "finished"
-                with sharding.on_this_host(model) as whole:
-                    record["sample"] = self._sample(whole)
-        except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            record["status"] = "interrupted" if interrupted else "failed"
-            record["error"] = repr(error)
-            raise
-        finally:
-            record["finished"] = _now()
-            record["total_seconds"] = round(time.perf_counter() - begin, 1)
-            self._save(record)
-        plot_curve(
-            self.folder / "curve.csv",
-            self.folder / "loss.png",
-            title=f"{self.script.stem}, {self.size}, on {self.corpus.name}",
-            validation=record["loss"],
-        )
-        return self._report(record)
-
-    def _save(self, record):
-        write_json(self.folder / "results.json", record)
-
-    def _describe(self, model):
-        """Everything known before training; figures that come later are null until then."""
-        commit, dirty = git_state(self.script.resolve().parent)
-        total = model.count_params()
-        tables = (model.token_embedding, model.lm_head)
-        return {
-            "schema": 1,
-            "id": self.folder.name,
-            "experiment": self.script.stem,
-            "status": "running",
-            "command": shlex.join(["python", *sys.argv]),
-            "started": _now(),
-            "finished": None,
-            "commit": commit,
-            "dirty": dirty,
-            "size": self.size,
-            "config": dataclasses.asdict(model.config),
-            "block_class": model.block_class.__name__,
-            "recipe": dataclasses.asdict(self.recipe),
-            "optimizer": type(model.optimizer).__name__,
-            "dtype": model.dtype_policy.name,
-            "seed": self.seed,
-            "data": {
-                "name": self.corpus.name,
-                "sha256": self.corpus.sha256,
-                "train_bytes": sum(map(len, self.corpus.train)),
-                "validation_bytes": sum(map(len, self.validation)),
-            },
-            "tokenizer": {"name": self.tokenizer.name, "sha256": self.tokenizer.sha256},
-            "backend": keras.config.backend(),
-            "device": device(),
-            "mesh": sharding.describe(),
-            "versions": versions(),
-            "parameters": total,
-            "parameters_non_embedding": total - sum(layer.count_params() for layer in tables),
-            "steps": 0,
-            "tokens": 0,
-            "seconds": None,
-            "compile_seconds": None,
-            "evaluation_seconds": None,
-            "total_seconds": None,
-            "tokens_per_second": None,
-            "train_loss": None,
-            "loss": None,
-            "bits_per_byte": None,
-            "sample": None,
-        }
-
-    def _announce(self, record):
-        data = record["data"]
-        print(
-            f"{record['experiment']}: {record['parameters'] / 1e6:.2f}M parameters, "
-            f"{self.recipe.steps} steps of {self.recipe.batch_size} x {self.config.max_seq_len} "
-            f"tokens of {data['name']} ({data['train_bytes'] / 1e6:.1f} MB, "
-            f"sha256 {data['sha256'][:12]})",
-            flush=True,
-        )
-
-    def _fit(self, model, record):
-        """Trains; however it ends, the curve, the last checkpoint and the figures are kept."""
-        curve = CurveLogger(
-            self.folder / "curve.csv",
-            tokens_per_step=self.recipe.batch_size * self.config.max_seq_len,
-            steps=self.recipe.steps,
-            schedule=self.schedule,
-        )
-        checkpoint = Checkpoint(
-            self.folder / "model.keras", every=max(1, self.recipe.steps // 4), clock=curve
-        )
-        stop = StopOnInterrupt()
-        try:
-            model.fit(
-                self.train_batches,
-                shuffle=False,  # the batches come in their own seeded order
-                verbose=1 if sys.stdout.isatty() else 0,
-                callbacks=[curve, checkpoint, stop],
-            )
-            checkpoint.save()
-        finally:
-            stop.restore()
-            curve.close()
-            record.update(curve.figures())
-        if not math.isfinite(curve.last_loss):
-            record["status"] = "diverged"
-        elif stop.interrupted and curve.steps_done < self.recipe.steps:
-            record["status"] = "interrupted"
-        else:
-            record["status"] = "trained"
-
-    def _evaluate(self, model, record):
-        """Loss per token and bits per byte of the whole validation slice, from its raw bytes."""
-        begin = time.perf_counter()
-        record["loss"] = model.evaluate(self.validation_batches, verbose=0)
-        nats = record["loss"] * (len(self.validation_tokens) - 1)
-        record["bits_per_byte"] = nats / math.log(2) / sum(map(len, self.validation))
-        record["evaluation_seconds"] = round(time.perf_counter() - begin, 2)
-
-    def _sample(self, model):
-        quarter = self.config.max_seq_len // 4
-        prompt = cut_text(self.validation[0], quarter - 1)  # a token is a byte or more: it fits
-        text = generate(model, self.tokenizer, prompt, length=3 * quarter, seed=self.seed)
-        return {"prompt": prompt.decode(errors="replace"), "text": text.decode(errors="replace")}
-
-    def _report(self, record):
-        """Prints the outcome; returns the exit status."""
-        if record["status"] == "diverged":
-            print(f"diverged: the loss of step {record['steps']} is not finite; see {self.folder}")
-            return EXIT_DIVERGED
-        if record["status"] == "interrupted":
-            print(
-                f"interrupted after step {record['steps']}; checkpoint and results in {self.folder}"
-            )
-            return EXIT_INTERRUPTED
-        sample = record["sample"]
-        print(f"\nsample, continuing {sample['prompt']!r}:\n{sample['text']}\n")
-        print(f"results, curve, picture and checkpoint: {self.folder}")
-        print(
-            f"validation: {record['bits_per_byte']:.3f} bits per byte "
-            f"(loss {record['loss']:.4f}), {record['steps']} steps, "
-            f"{record['tokens']:,} tokens in {record['seconds']:.0f} s, "
-            f"{record['tokens_per_second']:,} tokens/s, {record['total_seconds']:.0f} s in all"
-        )
-        return 0
-
-
-def size_config(size, vocab_size, seq_len=None, remat=None):
-    """The preset with what a run changes of it.
-
-    Args:
-        size: str, name of the preset.
-        vocab_size: int, of the tokenizer; the model's is the next multiple of 128.
-        seq_len: int or None, `max_seq_len` instead of the preset's.
-        remat: bool or None, likewise.
-    """
-    changes = {"max_seq_len": seq_len, "remat": remat}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    return GrugConfig.preset(size, vocab_size=128 * math.ceil(vocab_size / 128), **changes)
-
-
-def _now():
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -12,13 +12,15 @@ import sys
 import time
 
 from grug_keras import Grugformer
+from grug_keras.checkpoints import Checkpoints
 from grug_keras.data import load_corpus, token_stream
 from grug_keras.data.batches import TokenBatches
 from grug_keras.data.tokenizer import ByteTokenizer
 from grug_keras.generate import generate
 from grug_keras.results import new_run_dir
+from grug_keras.run import VALIDATION_BYTES
 from grug_keras.schedule import Trapezoid
-from grug_keras.speedrun import VALIDATION_BYTES, Recipe, Speedrun
+from grug_keras.speedrun import Recipe, Speedrun
 import keras
 import numpy as np
 import pytest
@@ -55,6 +57,8 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_its_whole_record(finished):
     folder, lines, record = finished
     assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock",
+        "checkpoints",
         "curve.csv",
         "loss.png",
         "model.keras",
@@ -173,21 +177,59 @@ def tiny_run(tmp_path):
     return Speedrun(__file__, "smoke", recipe, data=data, seq_len=16, out=tmp_path / "runs")
 
 
-def test_a_run_that_diverges_says_so_and_keeps_no_broken_checkpoint(tiny_run):
+def test_a_run_that_diverges_names_step_documents_and_last_good_checkpoint(tiny_run, capsys):
     status = tiny_run(Grugformer, lambda schedule: keras.optimizers.SGD(1e30))
     record = json.loads((tiny_run.folder / "results.json").read_text())
-    assert (status, record["status"], record["train_loss"]) == (1, "diverged", None)
+    assert (status, record["status"]) == (1, "diverged")
     assert 0 < record["steps"] < 8
-    checkpoint = tiny_run.folder / "model.keras"
-    if checkpoint.exists():
-        weights = keras.models.load_model(checkpoint).get_weights()
-        assert all(np.all(np.isfinite(w)) for w in weights)
+    assert not (tiny_run.folder / "model.keras").exists()
+    printed = capsys.readouterr().out
+    assert re.search(r"diverged: the .* step \d+ .* not finite; ", printed), printed
+    if record["bad_step"] is not None:
+        assert "its batch holds training documents 0" in printed
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_batch(tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i:3} " * 4}) + "\n" for i in range(100))
+    )
+    recipe = Recipe(steps=40, batch_size=2, learning_rate=0.01, save_every=3)
+    data = str(tmp_path / "text.jsonl")
+    run = Speedrun(__file__, "smoke", recipe, data=data, seq_len=16, out=tmp_path / "runs")
+
+    class Poisoned(TokenBatches):
+        def __getitem__(self, step):
+            inputs, labels, weights = super().__getitem__(step)
+            if self.first_step + step == 7:
+                weights = weights * np.float32("inf")
+            return inputs, labels, weights
+
+    run.train_batches.__class__ = Poisoned
+    assert run(Grugformer, lambda schedule: keras.optimizers.AdamW(schedule)) == 1
+    record = json.loads((run.folder / "results.json").read_text())
+    assert (record["status"], record["bad_step"], record["train_loss"]) == ("diverged", 7, None)
+    printed = capsys.readouterr().out
+    assert "diverged: the loss of step 8 is not finite" in printed
+    assert "the last good checkpoint is of step 6" in printed
+    documents = run.train_batches.documents(7)
+    tokens, starts = run.train_batches.tokens, np.flatnonzero(run.data.train == 256)
+    inputs = TokenBatches.__getitem__(run.train_batches, 7)[0]["token_ids"]
+    for row in inputs:
+        for token in row:
+            assert token in tokens
+    held = {bytes(tokens[s + 1 : s + 4].astype("uint8")) for s in starts[documents]}
+    text = bytes(inputs[inputs < 256].astype("uint8"))
+    assert sum(name in text for name in held) >= len(documents) - 2
+    assert f"its batch holds training documents {documents[0]}" in printed
 
 
 def test_ctrl_c_inside_a_step_loses_no_weights(tiny_run):
+    raised = []
+
     class Signalling(TokenBatches):
         def __getitem__(self, step):  # Keras on JAX fetches a batch in the middle of its step
-            if step == 3:
+            if self.first_step + step == 3 and not raised:
+                raised.append(step)
                 signal.raise_signal(signal.SIGINT)
             return super().__getitem__(step)
 
@@ -214,14 +256,7 @@ def test_a_run_that_fails_after_training_keeps_what_it_has(tiny_run, error, stat
     record = json.loads((tiny_run.folder / "results.json").read_text())
     assert (record["status"], record["steps"]) == (status, 8)
     assert "no evaluation today" in record["error"]
-    assert (
-        int(
-            keras.models.load_model(
-                tiny_run.folder / "model.keras", custom_objects={"Broken": Broken}
-            ).optimizer.iterations
-        )
-        == 8
-    )
+    assert Checkpoints(tiny_run.folder / "checkpoints").steps()[-1] == 8
 
 
 def test_a_place_that_cannot_hold_runs_is_named(tmp_path):
@@ -253,3 +288,78 @@ def test_trapezoid_is_the_same_table_on_every_backend():
     for bad in ({"peak": 0.0}, {"steps": 0}, {"warmup": -0.1}, {"warmup": 0.6, "cooldown": 0.6}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Trapezoid(**{"peak": 1.0, "steps": 10, **bad})
+
+
+def grug(*arguments):
+    command = [sys.executable, "-m", "grug_keras.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_plot_draws_one_run_or_several(finished, tmp_path):
+    done = grug("plot", finished[0], finished[0] / ".." / finished[0].name, "--out", tmp_path / "l")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+    svg = (tmp_path / "l.svg").read_text()
+    assert "<svg" in svg
+    for text in ("training seconds", "step", "nats per token", finished[0].name):
+        assert text in svg or "<!-- " + text in svg
+    done = grug("plot", tmp_path, "--out", tmp_path / "m")
+    assert done.returncode == 1
+    assert "holds no curve.csv: not a run folder" in done.stderr
+    assert not (tmp_path / "m.png").exists()
+
+
+def test_tokenized_text_trains_as_the_text_does(tmp_path):
+    """`grug tokenize`, and a run on what it made, with a tokenizer of its own and packing."""
+    text = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"grug {i} see tree {i * i}. " * 9}) for i in range(300)]
+    text.write_text("\n".join(lines))
+    tokens = tmp_path / "tokens"
+    done = grug("tokenize", text, "--out", tokens, "--tokenizer", "bpe:300", "--shard-tokens", 9000)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"train: [\d,]+ tokens of [\d,]+ documents, .* in [2-9] files", done.stdout)
+    assert "100%" in done.stderr, "a progress bar"
+    results = []
+    for out, data in (("a", tokens), ("b", text)):
+        options = ["--data", data, "--packing", "best_fit", "--steps", 6, "--evaluate-every", 3]
+        if data is text:
+            options += ["--tokenizer", "bpe:300"]
+        process = start(tmp_path / out, *options, "--accumulate", 2, "--log", "tensorboard")
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+        (folder,) = (tmp_path / out).iterdir()
+        assert (folder / "tokenizer.json").read_text() == (tokens / "tokenizer.json").read_text()
+        results.append((folder, json.loads((folder / "results.json").read_text())))
+    (folder, a), (_, b) = results
+    assert a["loss"] == b["loss"]
+    assert a["bits_per_byte"] == b["bits_per_byte"]
+    assert [e["step"] for e in a["evaluations"]] == [3, 6]
+    assert a["evaluations"][-1]["loss"] == a["loss"]
+    import tensorflow as tf
+
+    (events,) = (folder / "tensorboard").iterdir()
+    tags = [
+        v.tag for e in tf.compat.v1.train.summary_iterator(str(events)) for v in e.summary.value
+    ]
+    for name in ("loss", "learning_rate", "gradient_norm", "ms"):
+        assert tags.count(name) == 6
+    assert tags.count("validation_loss") == 2
+
+
+def test_wandb_is_given_the_same_numbers(tiny_run, monkeypatch, tmp_path):
+    """The real library, offline; what it logs is read back from its run."""
+    pytest.importorskip("wandb", reason="the test extra brings it")
+    from grug_keras.metrics import WandB
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "w").mkdir()
+    sink = WandB(tmp_path / "w", "a-run")
+    tiny_run.sinks = [sink]
+    run = sink._run
+    assert tiny_run(Grugformer, lambda schedule: keras.optimizers.AdamW(schedule)) == 0
+    summary = dict(run.summary)
+    record = json.loads((tiny_run.folder / "results.json").read_text())
+    assert summary["loss"] == pytest.approx(record["train_loss"])
+    assert summary["validation_loss"] == pytest.approx(record["loss"])
+    assert list((tmp_path / "w").rglob("*.wandb"))

@@ -1,7 +1,14 @@
 """Fixed-shape training batches as a pure function of (tokens, seed, step)."""
 
+import copy
+import itertools
+
+from grug_keras.data.packing import BestFit, Stream, document_starts
+from grug_keras.data.tokenizer import batched
 import keras
 import numpy as np
+
+PACKINGS = {"stream": Stream, "best_fit": BestFit}
 
 
 def token_stream(documents, tokenizer):
@@ -17,19 +24,21 @@ def token_stream(documents, tokenizer):
         int32 array `(n,)`.
     """
     start = np.array([tokenizer.bos_id], dtype=np.int32)
-    parts = [part for text in documents for part in (start, tokenizer.encode(text))]
+    parts = []
+    for batch in batched(documents):
+        parts += [part for ids in tokenizer.encode_batch(batch) for part in (start, ids)]
     return np.concatenate([*parts, start])
 
 
 class TokenBatches(keras.utils.PyDataset):
-    """Batches `(inputs, labels, weights)` of consecutive windows of a token stream.
+    """Batches `(inputs, labels, weights)` of rows packed from a token stream.
 
-    The stream is cut into windows of `seq_len`; each epoch visits every window once, in an
-    order drawn from `(seed, epoch)`. Batch `step` depends on nothing else, so a run can be
-    resumed anywhere. Pass `shuffle=False` to `fit`: the order is already drawn.
+    Each epoch visits every row once, in an order drawn from `(seed, epoch)`. Batch `step`
+    depends on nothing else, so that a run can go on from anywhere, and each process can make
+    its own rows. Pass `shuffle=False` to `fit`: the order is already drawn.
 
     Args:
-        tokens: int array `(n,)` from `token_stream`.
+        tokens: int array `(n,)` from `token_stream`, or `ShardedTokens`.
         bos_id: int, the token that starts a document.
         seq_len: int, S.
         batch_size: int, B.
@@ -38,60 +47,102 @@ class TokenBatches(keras.utils.PyDataset):
         seed: int.
         rows: int array or None. Which of the B rows to make, for a process whose devices hold
             only those; None makes all.
+        packing: str. `"stream"` cuts the stream into windows; `"best_fit"` puts whole
+            documents side by side and pads the rest.
+        first_step: int, the step that comes first: what a run has done already.
 
-    Each batch holds `{"token_ids", "segment_ids"}` of int32 `(B, S)`, labels int32 `(B, S)`
-    and weights float32 `(B, S)`.
+    Each batch holds `{"token_ids", "segment_ids"}` of int32 `(B, S)`, labels int32 `(B, S)` and
+    weights float32 `(B, S)`. Segments count the documents of a row from 1, 0 is padding. The
+    model's positions restart in each: it derives them, and then knows how large they can be.
 
     Raises:
         ValueError: if the stream is shorter than one window.
     """
 
-    def __init__(self, tokens, *, bos_id, seq_len, batch_size, steps=None, seed=0, rows=None):
+    def __init__(
+        self,
+        tokens,
+        *,
+        bos_id,
+        seq_len,
+        batch_size,
+        steps=None,
+        seed=0,
+        rows=None,
+        packing="stream",
+        first_step=0,
+    ):
         super().__init__()
         for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if steps is not None and steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
+        if packing not in PACKINGS:
+            raise ValueError(f"packing must be one of {', '.join(PACKINGS)}, got {packing!r}")
         if steps is not None and len(tokens) < seq_len + 1:
             raise ValueError(
                 f"tokens must be at least seq_len + 1 = {seq_len + 1} long, got {len(tokens)}: "
                 "the text is shorter than one sequence; use a longer text or a smaller seq_len"
             )
         self.tokens, self.bos_id, self.seed = tokens, bos_id, seed
-        self.seq_len, self.batch_size = seq_len, batch_size
+        self.seq_len, self.batch_size, self.first_step = seq_len, batch_size, first_step
         self.in_order = steps is None
-        targets = len(tokens) - 1
-        self.num_windows = -(-targets // seq_len) if self.in_order else targets // seq_len
-        self.steps = -(-self.num_windows // batch_size) if self.in_order else steps
+        if self.in_order:
+            self.packing = Stream(tokens, bos_id, seq_len, partial=True)
+        else:
+            self.packing = PACKINGS[packing](tokens, bos_id, seq_len)
+        self.num_rows = self.packing.num_rows
+        self.steps = -(-self.num_rows // batch_size) if self.in_order else steps
         self.rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-        self._permutation = (None, None)
+        self._epoch, self._order = None, None
 
     def __len__(self):
-        return self.steps
+        return self.steps - self.first_step
 
     def __getitem__(self, step):
-        index = step * self.batch_size + self.rows
-        start = index * self.seq_len if self.in_order else self._shuffled(index) * self.seq_len
-        at = start[:, None] + np.arange(self.seq_len)
-        real = at < len(self.tokens) - 1
-        at = np.where(real, at, 0)
+        shape = (len(self.rows), self.seq_len)
+        at = np.zeros(shape, dtype=np.int64)
+        real, starts = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+        for row, pieces in enumerate(self.pieces(step)):
+            offset = 0
+            for start, length in pieces:
+                at[row, offset : offset + length] = np.arange(start, start + length)
+                starts[row, offset] = True
+                offset += length
+            real[row, :offset] = True
         token_ids, labels = self.tokens[at], self.tokens[at + 1]
-        segment_ids = 1 + np.cumsum(token_ids == self.bos_id, axis=1, dtype=np.int32)
-        return (
-            {"token_ids": token_ids, "segment_ids": np.where(real, segment_ids, 0)},
-            labels,
-            real.astype(np.float32),
-        )
+        starts |= real & (token_ids == self.bos_id)
+        segment_ids = np.where(real, np.cumsum(starts, axis=1, dtype=np.int32), 0)
+        inputs = {"token_ids": token_ids, "segment_ids": segment_ids}
+        return inputs, labels, real.astype(np.float32)
 
-    def _shuffled(self, index):
-        epoch = index // self.num_windows
-        return np.array(
-            [self._order(e)[i] for e, i in zip(epoch, index % self.num_windows, strict=True)]
-        )
+    def between(self, first, stop):
+        """The same batches from step `first` up to `stop`, counted from 0."""
+        part = copy.copy(self)
+        part.first_step, part.steps = first, stop
+        return part
 
-    def _order(self, epoch):
-        if self._permutation[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_windows)
-            self._permutation = (epoch, order)
-        return self._permutation[1]
+    def documents(self, step):
+        """Numbers of the documents that the batch of a step has tokens of, all processes' rows."""
+        whole = copy.copy(self)
+        whole.rows, whole.first_step = np.arange(self.batch_size), 0
+        starts = document_starts(self.tokens, self.bos_id)
+        found = set()
+        for start, length in itertools.chain.from_iterable(whole.pieces(step)):
+            first, last = np.searchsorted(starts, [start, start + length - 1], side="right") - 1
+            found.update(range(int(first), int(last) + 1))
+        return sorted(found)
+
+    def pieces(self, step):
+        """The stretches `[(position in the tokens, length)]` of each of this process's rows."""
+        found = []
+        for index in (self.first_step + step) * self.batch_size + self.rows:
+            if not self.in_order:
+                epoch, index = divmod(int(index), self.num_rows)
+                if epoch != self._epoch:
+                    self._epoch, self._order = epoch, self.packing.order(self.seed, epoch)
+                found.append(self.packing.row(self._order, index))
+            else:
+                found.append(self.packing.row(None, index) if index < self.num_rows else [])
+        return found

@@ -1,21 +1,14 @@
-"""Where text comes from: the embedded corpus, any TFDS dataset, any local file or folder."""
+"""A corpus in memory, split for training and validation."""
 
-import contextlib
 import dataclasses
-import importlib.util
 import logging
-import os
-import pathlib
 
-from grug_keras.data.python_stdlib import PythonStdlib, fingerprint, is_validation
+from grug_keras.data.python_stdlib import fingerprint
+from grug_keras.data.sources import cut_text, open_source
 
 logger = logging.getLogger("grug_keras.data")
 
-MAX_BYTES = 2**28  # text is held in memory; larger datasets are read up to here
-
-# With fewer documents, the end of each is held out instead of one document in twenty.
-_FEW_DOCUMENTS = 40
-_HELD_OUT = 0.1
+MAX_BYTES = 2**28  # text is held in memory; `grug tokenize` takes larger corpora
 _SPREAD = 64  # validation documents that a slice is spread over
 
 
@@ -53,12 +46,11 @@ class Corpus:
 
 
 def load_corpus(data="python_stdlib", max_bytes=MAX_BYTES):
-    """Reads a corpus.
+    """Reads a corpus into memory.
 
     Args:
-        data: str. `"python_stdlib"` (no network), a local text file or folder, or the name of
-            a TensorFlow dataset with a text feature (`tiny_shakespeare`, `lm1b`, ...).
-        max_bytes: int. Training text beyond this many bytes is left unread, with a warning.
+        data: str, see `open_source`.
+        max_bytes: int. Text beyond this many bytes is left unread, with a warning.
 
     Returns:
         `Corpus`.
@@ -71,51 +63,26 @@ def load_corpus(data="python_stdlib", max_bytes=MAX_BYTES):
     >>> corpus = load_corpus("python_stdlib")
     >>> len(corpus.validation_slice(2**19))
     """
-    if not data:
-        raise ValueError("data must name a file, a folder or a dataset, got ''")
-    if data == "python_stdlib":
-        builder = PythonStdlib(file_format=_fast_format())
-        corpus = _from_tfds(data, builder, max_bytes)
-        return dataclasses.replace(corpus, sha256=builder.fingerprint)
-    path = pathlib.Path(os.path.expanduser(data))
-    if path.is_file():
-        return _local(data, [(path.name, _read_text(data, path))], max_bytes)
-    if path.is_dir():
-        return _local(data, _read_folder(data, path), max_bytes)
-    return _from_tfds(data, _tfds_builder(data), max_bytes)
-
-
-def _local(data, documents, max_bytes):
-    train, validation = _hold_out(_up_to(documents, max_bytes, data))
-    return _corpus(data, train, validation)
-
-
-def _corpus(data, train, validation):
-    train = [(name, text) for name, text in train if text.strip()]
-    validation = [(name, text) for name, text in validation if text.strip()]
-    for split, documents in (("train", train), ("validation", validation)):
+    source = open_source(data)
+    splits = {"train": [], "validation": []}
+    for part in source.parts:
+        for piece in _up_to(part(), max_bytes, data):
+            documents = splits[piece.split]
+            if not piece.text:
+                continue
+            if not piece.starts:
+                documents[-1] = (piece.name, documents[-1][1] + piece.text)
+            else:
+                documents.append((piece.name, piece.text))
+    for split, documents in splits.items():
         if not documents:
             raise ValueError(f"data={data!r} has no text for the {split} split")
     return Corpus(
         name=data,
-        train=[text for _, text in train],
-        validation=[text for _, text in validation],
-        sha256=fingerprint([*train, *validation]),
+        train=[text for _, text in splits["train"]],
+        validation=[text for _, text in splits["validation"]],
+        sha256=source.sha256 or fingerprint([*splits["train"], *splits["validation"]]),
     )
-
-
-def _hold_out(documents):
-    """Splits `[(name, text)]`: whole documents by a hash of their name, or the end of each."""
-    documents = list(documents)
-    if len(documents) >= _FEW_DOCUMENTS:
-        validation = [document for document in documents if is_validation(document[0])]
-        if validation:
-            return [d for d in documents if not is_validation(d[0])], validation
-    train = [(name, cut_text(text, int(len(text) * (1 - _HELD_OUT)))) for name, text in documents]
-    rest = [
-        (name, text[len(head) :]) for (name, text), (_, head) in zip(documents, train, strict=True)
-    ]
-    return train, rest
 
 
 def _common_length(lengths, total):
@@ -129,131 +96,18 @@ def _common_length(lengths, total):
     return max(lengths)
 
 
-def cut_text(text, num_bytes):
-    """The first `num_bytes` of UTF-8 text, less a character that would be cut in two."""
-    if len(text) <= num_bytes:
-        return text
-    while num_bytes and text[num_bytes] & 0xC0 == 0x80:  # a continuation byte
-        num_bytes -= 1
-    return text[:num_bytes]
-
-
-def _up_to(documents, max_bytes, data):
-    """Yields documents until they hold `max_bytes`."""
+def _up_to(pieces, max_bytes, data):
+    """Yields pieces until they hold `max_bytes`."""
     total = 0
-    for name, text in documents:
-        if total + len(text) > max_bytes:
-            logger.warning("data=%r is read up to %.0f MB only", data, max_bytes / 1e6)
-            yield name, cut_text(text, max_bytes - total)
+    for piece in pieces:
+        if total + len(piece.text) > max_bytes:
+            logger.warning(
+                "data=%r is read up to %.0f MB only; `grug tokenize` takes all of it",
+                data,
+                max_bytes / 1e6,
+            )
+            if text := cut_text(piece.text, max_bytes - total):
+                yield piece._replace(text=text)
             return
-        total += len(text)
-        yield name, text
-
-
-def _read_text(data, path):
-    text = path.read_bytes()
-    if not _is_text(text):
-        raise ValueError(f"data={data!r} is not a text file: {path} is not UTF-8 text")
-    return text
-
-
-def _read_folder(data, folder):
-    """Yields every visible UTF-8 file below a folder; others are counted out loud."""
-    found, skipped = 0, []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file() or any(part.startswith(".") for part in name.split("/")):
-            continue
-        text = path.read_bytes()
-        if _is_text(text):
-            found += 1
-            yield name, text
-        else:
-            skipped.append(name)
-    if skipped:
-        logger.warning(
-            "data=%r: %d files are not UTF-8 text and are left out, such as %s",
-            data,
-            len(skipped),
-            skipped[0],
-        )
-    if not found:
-        raise ValueError(f"data={data!r} holds no text file")
-
-
-def _is_text(text):
-    if b"\0" in text:
-        return False
-    with contextlib.suppress(UnicodeDecodeError):
-        text.decode("utf-8")
-        return True
-    return False
-
-
-def _tfds_builder(data):
-    import tensorflow_datasets as tfds
-
-    try:
-        return tfds.builder(data)
-    except Exception as error:
-        raise ValueError(
-            f"data={data!r} is no file or folder, nor the name of a TFDS dataset: "
-            f"{_first_line(error)}"
-        ) from error
-
-
-def _from_tfds(data, builder, max_bytes):
-    """Reads the text feature of a prepared dataset, preparing it first if need be."""
-    import tensorflow_datasets as tfds
-
-    feature = _text_feature(data, builder)
-    try:
-        tfds.disable_progress_bar()
-        builder.download_and_prepare()
-    except Exception as error:
-        raise ValueError(
-            f"data={data!r} could not be prepared by TFDS (it may need the network): "
-            f"{_first_line(error)}"
-        ) from error
-    finally:
-        tfds.enable_progress_bar()
-
-    def read(split):
-        for i, example in enumerate(_examples(builder, split)):
-            yield f"{split}/{i}", example[feature]
-
-    train = list(_up_to(read("train"), max_bytes, data))
-    held_out = next((s for s in ("validation", "test") if s in builder.info.splits), None)
-    if held_out is None:
-        return _corpus(data, *_hold_out(train))
-    return _corpus(data, train, list(_up_to(read(held_out), max_bytes, data)))
-
-
-def _fast_format():
-    """array_record is read without loading TensorFlow; TFDS brings it on Linux only."""
-    return "array_record" if importlib.util.find_spec("array_record") else None
-
-
-def _examples(builder, split):
-    """Examples of a split in their stored order, as numpy."""
-    import tensorflow_datasets as tfds
-
-    if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
-        return iter(builder.as_data_source(split=split))  # needs no TensorFlow
-    return iter(tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False)))
-
-
-def _text_feature(data, builder):
-    import tensorflow_datasets as tfds
-
-    features = dict(builder.info.features.items())
-    names = [name for name, f in features.items() if isinstance(f, tfds.features.Text)]
-    if "text" in names:
-        return "text"
-    if len(names) != 1:
-        raise ValueError(f"data={data!r} must have one text feature, has {names} of {[*features]}")
-    return names[0]
-
-
-def _first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        total += len(piece.text)
+        yield piece

@@ -1,0 +1,102 @@
+"""What the harness costs: `fit` with all it measures, beside the same step in a bare loop.
+
+    python benchmarks/harness.py [--steps 100] [--turns 7] [--size smoke]
+
+On JAX, in one process, in turns: the compiled training step of the starter in a Python loop that
+does nothing else, and `fit` with the callbacks of a run (a CSV row a step, Ctrl-C). Both make
+their batches as they go. Then how many tokens a second the loader makes by itself, in both
+packings. The numbers are in docs/data.md.
+"""
+
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+
+os.environ["KERAS_BACKEND"] = "jax"
+
+import click
+from grug_keras import GrugConfig
+from grug_keras.cli import load_speedrun
+from grug_keras.data import TokenBatches, load_data
+from grug_keras.interrupt import StopOnInterrupt
+from grug_keras.metrics import Meter
+import jax
+import keras
+
+STARTER = pathlib.Path(__file__).parent.parent / "speedruns" / "grugformer_starter.py"
+
+
+@click.command()
+@click.option("--steps", default=100)
+@click.option("--turns", default=7)
+@click.option("--size", default="smoke")
+def main(steps, turns, size):
+    script = load_speedrun(STARTER)
+    recipe = script.RECIPES[size]
+    config = GrugConfig.preset(size)
+    data = load_data("python_stdlib")
+    schedule = recipe.schedule()
+    model = script.build_model(config)
+    model.build()
+    model.compile(script.build_optimizer(schedule))
+    model.optimizer.build(model.trainable_variables)
+    window = {"bos_id": data.tokenizer.bos_id, "seq_len": config.max_seq_len,
+              "batch_size": recipe.batch_size}  # fmt: skip
+    batches = TokenBatches(data.train, steps=2 * steps * (turns + 1), **window)
+    groups = (model.trainable_variables, model.non_trainable_variables,
+              model.optimizer.variables, model.metrics_variables)  # fmt: skip
+    step_function = jax.jit(model.train_step, donate_argnums=0)
+    tokens = recipe.batch_size * config.max_seq_len
+
+    def bare(part):
+        state = tuple([v.value for v in group] for group in groups)
+        begin = time.perf_counter()
+        for i in range(len(part)):
+            _, state = step_function(state, part[i])
+        jax.block_until_ready(state)
+        took = time.perf_counter() - begin
+        for group, values in zip(groups, state, strict=True):
+            for variable, value in zip(group, values, strict=True):
+                variable.assign(value)
+        return took
+
+    with tempfile.TemporaryDirectory() as folder, StopOnInterrupt(model) as stop:
+        meter = Meter(
+            pathlib.Path(folder) / "curve.csv", tokens_per_step=tokens, steps=len(batches),
+            schedule=keras.optimizers.schedules.deserialize(
+                keras.optimizers.schedules.serialize(schedule)
+            ),
+        )  # fmt: skip
+
+        def harness(part):
+            begin = time.perf_counter()
+            model.fit(part, shuffle=False, verbose=0, callbacks=[meter, stop])
+            return time.perf_counter() - begin
+
+        found = {bare: [], harness: []}
+        for turn in range(turns + 1):
+            for number, (run, seconds) in enumerate(found.items()):
+                first = (2 * turn + number) * steps
+                seconds.append(run(batches.between(first, first + steps)))
+        meter.close()
+    for seconds in found.values():
+        del seconds[0]  # compiles
+    ratios = [b / a for a, b in zip(found[bare], found[harness], strict=True)]
+    ms = [1e3 * statistics.median(seconds) / steps for seconds in found.values()]
+    print(f"bare loop {ms[0]:.2f} ms, harness {ms[1]:.2f} ms a step")
+    print(f"ratios {[round(r, 3) for r in ratios]}, median {statistics.median(ratios):.3f}")
+    speed = 1e3 * tokens / ms[0]
+    for packing in ("stream", "best_fit"):
+        loader = TokenBatches(data.train, steps=2000, packing=packing, **window)
+        loader[0]
+        begin = time.perf_counter()
+        for i in range(2000):
+            loader[i]
+        rate = 2000 * tokens / (time.perf_counter() - begin)
+        print(f"loader, {packing}: {rate:,.0f} tokens/s, {rate / speed:.0f} times the training")
+
+
+if __name__ == "__main__":
+    main()

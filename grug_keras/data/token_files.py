@@ -1,0 +1,182 @@
+"""Token files: the `.bin` shards of modded-nanogpt and llm.c, and the headerless ones of nanoGPT.
+
+A shard is a header of 256 int32 (magic, version, number of tokens, zeros) and then the tokens:
+uint16 with magic 20240520 and version 1 (`data/fineweb.py` of KellerJordan/modded-nanogpt), or
+uint32 with magic 20240801 and version 7 (`dev/data/data_common.py` of karpathy/llm.c). nanoGPT
+writes the tokens alone (`data/openwebtext/prepare.py` of karpathy/nanoGPT).
+"""
+
+import os
+import pathlib
+
+import numpy as np
+
+_HEADER = 256
+_FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+_PROBE = 2**20
+
+
+def _token_dtype(vocab_size):
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def header(vocab_size, num_tokens):
+    """The header of a shard, as int32 array `(256,)`."""
+    dtype = _token_dtype(vocab_size)
+    magic = next(m for m, (_, d) in _FORMATS.items() if d == dtype)
+    words = np.zeros(_HEADER, dtype="<i4")
+    words[:3] = magic, _FORMATS[magic][0], num_tokens
+    return words
+
+
+def write_shard(path, tokens, vocab_size):
+    """Writes one shard, whole or not at all.
+
+    Args:
+        path: the file.
+        tokens: int array `(n,)`.
+        vocab_size: int; up to 65536 the tokens are uint16, else uint32.
+
+    Raises:
+        ValueError: if a token is not in `[0, vocab_size)`.
+    """
+    from grug_keras.results import write_atomically
+
+    tokens = np.asarray(tokens)
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        raise ValueError(
+            f"tokens must be in [0, vocab_size={vocab_size}), got {tokens.min()}..{tokens.max()}"
+        )
+    dtype = _token_dtype(vocab_size)
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            header(vocab_size, len(tokens)).tofile(file)
+            tokens.astype(dtype).tofile(file)
+
+    write_atomically(path, write)
+
+
+def read_shard(path, vocab_size):
+    """Maps a token file into memory.
+
+    Args:
+        path: a file with the header of modded-nanogpt or of llm.c, or without one.
+        vocab_size: int, of the tokenizer that made it. It decides the type of the tokens of a
+            file without a header, uint16 up to 65536 as nanoGPT has it.
+
+    Returns:
+        Read-only uint16 or uint32 array `(n,)`.
+
+    Raises:
+        ValueError: if the header is wrong, the length is odd, or there are other tokens.
+    """
+    path = pathlib.Path(path)
+    size = path.stat().st_size
+    words = np.fromfile(path, dtype="<i4", count=3)
+    if len(words) == 3 and int(words[0]) in _FORMATS:
+        tokens = _with_header(path, size, *map(int, words))
+    else:
+        dtype = _token_dtype(vocab_size)
+        if size == 0 or size % dtype.itemsize:
+            raise ValueError(
+                f"data={str(path)!r} has no known header, and {size} bytes are no whole number "
+                f"of {dtype.name} tokens"
+            )
+        tokens = np.memmap(path, dtype=dtype, mode="r")
+        start = tokens[:_PROBE]
+        if dtype.itemsize == 2 and len(start) > 64 and not start[1::2].any():
+            raise ValueError(
+                f"data={str(path)!r} looks like uint32 tokens (every second uint16 is 0), but "
+                f"a vocabulary of {vocab_size} has uint16: another tokenizer made it"
+            )
+    check_tokens(path, tokens[:_PROBE], vocab_size)
+    return tokens
+
+
+def _with_header(path, size, magic, version, count):
+    expected, dtype = _FORMATS[magic]
+    if version != expected:
+        raise ValueError(
+            f"data={str(path)!r} has version {version} in its header, expected {expected}"
+        )
+    found = size - 4 * _HEADER
+    if count < 1 or found != count * dtype.itemsize:
+        raise ValueError(
+            f"data={str(path)!r} should hold {count} tokens of {dtype.itemsize} bytes by its "
+            f"header, but {max(found, 0)} bytes follow it"
+        )
+    return np.memmap(path, dtype=dtype, mode="r", offset=4 * _HEADER)
+
+
+def check_tokens(path, tokens, vocab_size):
+    """Raises ValueError where a token is none of the vocabulary."""
+    if tokens.size and (largest := int(tokens.max())) >= vocab_size:
+        raise ValueError(
+            f"data={str(path)!r} holds token {largest}, but the tokenizer has vocab_size="
+            f"{vocab_size}: another tokenizer made it"
+        )
+
+
+class ShardedTokens:
+    """Token files as one long array, read where it is indexed.
+
+    Args:
+        paths: list of token files, in order.
+        vocab_size: int, see `read_shard`.
+
+    Example:
+
+    >>> tokens = ShardedTokens(["fineweb_train_000001.bin"], vocab_size=50257)
+    >>> tokens[np.arange(1024)]
+    """
+
+    dtype = np.dtype("int32")
+
+    def __init__(self, paths, vocab_size, shards=None):
+        if not paths:
+            raise ValueError("paths must name at least one token file, got []")
+        self.paths, self.vocab_size = [os.fspath(path) for path in paths], vocab_size
+        self.shards = shards or [read_shard(path, vocab_size) for path in self.paths]
+        self._ends = np.cumsum([len(shard) for shard in self.shards])
+
+    def __len__(self):
+        return int(self._ends[-1])
+
+    def __getitem__(self, index):
+        """The tokens at an int array of positions, or of a slice, as int32."""
+        if isinstance(index, slice):
+            index = np.arange(*index.indices(len(self)))
+        index = np.asarray(index)
+        which = np.searchsorted(self._ends, index, side="right")
+        found = np.empty(index.shape, dtype=np.int32)
+        for number in np.unique(which):
+            here = which == number
+            start = self._ends[number] - len(self.shards[number])
+            tokens = self.shards[number][index[here] - start]
+            check_tokens(self.paths[number], tokens, self.vocab_size)
+            found[here] = tokens
+        return found
+
+    def split(self, part):
+        """Two arrays: the first `part` of the tokens, and the rest."""
+        cut, halves = int(part * len(self)), ([], [])
+        for path, shard, end in zip(self.paths, self.shards, self._ends, strict=True):
+            at = min(max(cut - (end - len(shard)), 0), len(shard))
+            for half, tokens in zip(halves, (shard[:at], shard[at:]), strict=True):
+                if len(tokens):
+                    half.append((path, tokens))
+        return [
+            ShardedTokens([p for p, _ in half], self.vocab_size, [t for _, t in half])
+            for half in halves
+        ]
+
+    def positions(self, token):
+        """Where a token occurs, int64 array; reads the files once."""
+        starts = self._ends - [len(shard) for shard in self.shards]
+        found = [
+            start + part + np.flatnonzero(shard[part : part + _PROBE] == token)
+            for start, shard in zip(starts, self.shards, strict=True)
+            for part in range(0, len(shard), _PROBE)
+        ]
+        return np.concatenate(found)

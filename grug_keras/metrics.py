@@ -1,0 +1,273 @@
+"""What is measured while a model trains: one row a step, without waiting for the device."""
+
+import csv
+import math
+import os
+import pathlib
+import sys
+import threading
+import time
+
+from grug_keras.results import write_atomically
+from grug_keras.sharding import process
+import keras
+
+COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "gradient_norm", "ms", "mfu")
+
+
+class Meter(keras.callbacks.Callback):
+    """Writes one CSV row a step, and prints a line now and then where there is no terminal.
+
+    Where Keras can (JAX and TensorFlow), it is called from threads that wait for the numbers
+    of a step, while the training goes on; so the time of a row is that at which its step was
+    done. Stops the training at the first loss that is not finite.
+
+    Args:
+        path: the CSV file. Rows that it has up to `first_step` stay.
+        tokens_per_step: int.
+        steps: int, length of the run.
+        schedule: learning-rate schedule with `at(step)`.
+        flops_per_token: int, see `flops.flops_per_token`.
+        peak_flops: float or None, of all devices; without it MFU is not known.
+        first_step: int, steps that are done already.
+        train_seconds: float, time that they took.
+        sinks: objects with `log(step, values)`, called with the same numbers.
+
+    Attributes:
+        steps_done: int.
+        train_seconds: float, time of training. The first step of a process compiles and does
+            not count, nor does what happens between two calls of `fit`.
+        compile_seconds: float, duration of that step, None before it.
+        last_loss: float or None, loss of the last step.
+        bad_step: int or None, the step (from 0) whose loss is not finite.
+    """
+
+    async_safe = True
+
+    def __init__(
+        self,
+        path,
+        *,
+        tokens_per_step,
+        steps,
+        schedule,
+        flops_per_token=0,
+        peak_flops=None,
+        first_step=0,
+        train_seconds=0.0,
+        sinks=(),
+    ):
+        super().__init__()
+        self.path, self.tokens_per_step, self.schedule = (
+            pathlib.Path(path),
+            tokens_per_step,
+            schedule,
+        )
+        self.steps, self.report_every = steps, max(1, steps // 10)
+        self.flops_per_step, self.peak_flops = flops_per_token * tokens_per_step, peak_flops
+        self.steps_done, self.train_seconds, self.sinks = first_step, train_seconds, sinks
+        self.compile_seconds, self.last_loss, self.bad_step = None, None, None
+        self._lock, self._arrived, self._first = threading.Lock(), {}, first_step
+        self._timed_steps, self._timed_seconds = 0, 0.0
+        keep_rows(self.path, first_step if process()[0] == 0 else 0)
+        self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
+        self._csv = csv.writer(self._file)
+
+    def on_train_begin(self, logs=None):
+        self._first = self.steps_done
+        self._last = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        now = time.perf_counter()
+        with self._lock:
+            self._arrived[self._first + batch] = (now, logs)
+            while self.steps_done in self._arrived and not self._file.closed:
+                self._row(*self._arrived.pop(self.steps_done))
+
+    def _row(self, now, logs):
+        step, took = self.steps_done, now - self._last
+        self.steps_done, self._last = step + 1, max(now, self._last)
+        if self.compile_seconds is None:
+            self.compile_seconds = took
+        else:
+            self.train_seconds += took
+            self._timed_steps, self._timed_seconds = (
+                self._timed_steps + 1,
+                self._timed_seconds + took,
+            )
+        self.last_loss = logs["batch_loss"]
+        mfu = self.mfu(1, took) if self._timed_steps else None
+        values = {
+            "loss": self.last_loss,
+            "learning_rate": self.schedule.at(step),
+            "gradient_norm": logs.get("gradient_norm"),
+            "ms": 1e3 * took,
+            "mfu": mfu,
+        }
+        tokens = self.steps_done * self.tokens_per_step
+        # 9 digits are enough to tell any two float32 numbers apart.
+        cells = ["" if value is None else f"{value:.9g}" for value in values.values()]
+        self._csv.writerow(
+            [self.steps_done, tokens, f"{self.train_seconds:.3f}", *cells[:3], f"{1e3 * took:.3f}",
+             "" if mfu is None else f"{mfu:.4f}"]
+        )  # fmt: skip
+        for sink in self.sinks:
+            sink.log(self.steps_done, {k: v for k, v in values.items() if v is not None})
+        if self.bad_step is None and not math.isfinite(self.last_loss):
+            self.bad_step = step
+            self._model.stop_training = True  # `self.model` would copy the weights back
+        if self.steps_done % self.report_every == 0:
+            self._file.flush()
+            if not sys.stdout.isatty():
+                print(self._line(), flush=True)
+
+    def _line(self):
+        parts = [
+            f"step {self.steps_done}/{self.steps}",
+            f"loss {self.last_loss:.4f}",
+            f"{self.tokens_per_second:,.0f} tokens/s",
+        ]
+        if (mfu := self.mfu(self._timed_steps, self._timed_seconds)) is not None:
+            parts.append(f"MFU {100 * mfu:.1f}%")
+        if self._timed_steps and self.steps_done < self.steps:
+            left = (self.steps - self.steps_done) * self._timed_seconds / self._timed_steps
+            parts.append(f"{_duration(left)} left")
+        return "  ".join(parts)
+
+    def mfu(self, steps, seconds):
+        """Share of the devices' peak that so many steps in so many seconds use, or None."""
+        if not self.peak_flops or not seconds:
+            return None
+        return self.flops_per_step * steps / seconds / self.peak_flops
+
+    @property
+    def tokens_per_second(self):
+        """Training speed of this process, its first step left out."""
+        return self._timed_steps * self.tokens_per_step / (self._timed_seconds or math.inf)
+
+    def figures(self):
+        """What a record says about the training so far; unknown figures are None."""
+        finite = self.last_loss is not None and math.isfinite(self.last_loss)
+        mfu = self.mfu(self._timed_steps, self._timed_seconds)
+        timed = self._timed_steps
+        return {
+            "steps": self.steps_done,
+            "tokens": self.steps_done * self.tokens_per_step,
+            "seconds": round(self.train_seconds, 2),
+            "compile_seconds": self.compile_seconds and round(self.compile_seconds, 2),
+            "ms_per_step": round(1e3 * self._timed_seconds / timed, 3) if timed else None,
+            "tokens_per_second": round(self.tokens_per_second),
+            "mfu": mfu and round(mfu, 4),
+            "train_loss": self.last_loss if finite else None,
+        }
+
+    def flush(self):
+        """Puts the rows on disk: before a checkpoint says that they are there."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self):
+        """Closes the file; `fit` does not call `on_train_end` when it is interrupted."""
+        with self._lock:
+            self._file.close()
+
+
+def keep_rows(path, steps):
+    """Leaves the rows of the first `steps` steps in a curve, or a new one with its header.
+
+    Raises:
+        ValueError: if one of them is not there.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = lines[1 : steps + 1]
+    if [line.split(",")[0] for line in kept] != [str(step + 1) for step in range(steps)]:
+        raise ValueError(f"{path} has no row for each of the first {steps} steps")
+    text = "\r\n".join([",".join(COLUMNS), *kept, ""])
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8", newline=""))
+
+
+def peak_memory():
+    """Bytes that the first device had in use at most; on CPU, those of the process. Or None."""
+    backend = keras.config.backend()
+    if backend == "jax":
+        import jax
+
+        stats = jax.local_devices()[0].memory_stats()
+        if stats and "peak_bytes_in_use" in stats:
+            return stats["peak_bytes_in_use"]
+    elif backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+    else:
+        import tensorflow as tf
+
+        if tf.config.list_physical_devices("GPU"):
+            return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class TensorBoard:
+    """A sink for TensorBoard; needs TensorFlow to write and TensorBoard to look.
+
+    Raises:
+        ValueError: if they are not there.
+    """
+
+    def __init__(self, folder, name):
+        try:
+            import tensorflow as tf
+        except ImportError:
+            raise ValueError("log=tensorboard needs: pip install tensorflow tensorboard") from None
+        self._summary = tf.summary
+        self._writer = tf.summary.create_file_writer(str(folder))
+
+    def log(self, step, values):
+        """Adds numbers of a step."""
+        with self._writer.as_default(step=step):
+            for name, value in values.items():
+                self._summary.scalar(name, value)
+
+    def close(self):
+        """Writes what is left."""
+        self._writer.close()
+
+
+class WandB:
+    """A sink for Weights & Biases; `WANDB_MODE=offline` keeps it on this machine.
+
+    Raises:
+        ValueError: if `wandb` is not there.
+    """
+
+    def __init__(self, folder, name):
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("log=wandb needs: pip install wandb") from None
+        self._run = wandb.init(
+            project="grug_keras", name=name, id=name, dir=str(folder), resume="allow"
+        )
+
+    def log(self, step, values):
+        """Adds numbers of a step."""
+        self._run.log(values, step=step)
+
+    def close(self):
+        """Writes what is left."""
+        self._run.finish()
+
+
+SINKS = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def _duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

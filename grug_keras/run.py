@@ -1,0 +1,441 @@
+"""One training run: its data, its folder, and the way from the first step to the record."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import math
+import pathlib
+import shlex
+import sys
+import time
+
+import click
+from grug_keras import sharding
+from grug_keras.checkpoints import Checkpoints
+from grug_keras.config import GrugConfig
+from grug_keras.data import TokenBatches, load_data
+from grug_keras.data.sources import cut_text
+from grug_keras.flops import MFU_CONVENTION, flops_per_token, peak_flops
+from grug_keras.generate import generate
+from grug_keras.interrupt import StopOnInterrupt
+from grug_keras.metrics import SINKS, Meter, peak_memory
+from grug_keras.plot import plot_curve
+from grug_keras.results import (
+    device,
+    git_state,
+    new_run_dir,
+    versions,
+    write_atomically,
+    write_json,
+)
+import keras
+import numpy as np
+
+VALIDATION_BYTES = 2**18
+EXIT_INTERRUPTED, EXIT_DIVERGED = 130, 1
+# What a run that goes on must share with the one that began.
+_IDENTITY = ("experiment", "size", "seed", "recipe", "packing", "tokenizer", "data", "config",
+             "block_class", "optimizer", "dtype", "backend")  # fmt: skip
+
+
+class Speedrun:
+    """One run: reads and checks everything on construction, trains when called.
+
+    Args:
+        script: str, path of the experiment script.
+        size: str, preset of the model.
+        recipe: `Recipe`.
+        data: str, see `load_data`.
+        tokenizer: str or None, likewise.
+        packing: str, of `TokenBatches`.
+        seed: int, of the weights and the data order.
+        seq_len: int or None, sequence length; defaults to the preset's `max_seq_len`.
+        remat: bool or None, instead of the preset's.
+        out: str, folder of the run folders.
+        resume: str or None. Path of a run folder to go on with; `""` is the newest one in `out`
+            of this script that is not finished, or a new one.
+        log: names of `SINKS`, where the numbers go besides the run folder.
+
+    Raises:
+        ValueError: if the data or the options cannot make a batch.
+    """
+
+    def __init__(
+        self,
+        script,
+        size,
+        recipe,
+        *,
+        data,
+        tokenizer=None,
+        packing="stream",
+        seed=0,
+        seq_len=None,
+        remat=None,
+        out="runs",
+        resume=None,
+        log=(),
+    ):
+        self.script, self.size, self.recipe, self.seed = pathlib.Path(script), size, recipe, seed
+        self.packing = packing
+        began = find_run(out, self.script.stem, resume)
+        kept = began and began / "tokenizer.json"
+        if kept and kept.exists():  # a BPE is not trained again
+            tokenizer = str(kept)
+        self.data = load_data(data, tokenizer, VALIDATION_BYTES)
+        self.tokenizer = self.data.tokenizer
+        self.config = size_config(size, self.tokenizer.vocab_size, seq_len, remat)
+        window = {
+            "bos_id": self.tokenizer.bos_id,
+            "seq_len": self.config.max_seq_len,
+            "batch_size": recipe.batch_size,
+            "rows": sharding.rows(recipe.batch_size),
+        }
+        self.train_batches = TokenBatches(
+            self.data.train, steps=recipe.steps, seed=seed, packing=packing, **window
+        )
+        self.validation_batches = TokenBatches(self.data.validation, **window)
+        self.schedule = recipe.schedule()
+        self.began = None
+        if began is not None:
+            self.began = json.loads((began / "results.json").read_text(encoding="utf-8"))
+        self.folder = began or new_run_dir(out, f"{self.script.stem}-{size}-seed{seed}")
+        self.lock = _lock(self.folder)
+        self.shared = pathlib.Path(sharding.agree(str(self.folder.resolve())))
+        names = () if sharding.process()[0] else log
+        self.sinks = [SINKS[name](self.folder / name, self.folder.name) for name in names]
+
+    def __call__(self, build_model, build_optimizer):
+        """Trains, evaluates, records. Returns the exit status of the process."""
+        begin = time.perf_counter()
+        keras.utils.set_random_seed(self.seed)
+        try:
+            model = build_model(self.config)
+            model.build()
+        except ValueError as error:  # a variable that the mesh cannot split
+            raise click.ClickException(str(error)) from error
+        model.compile(build_optimizer(self.schedule), accumulate=self.recipe.accumulate)
+        model.optimizer.build(model.trainable_variables)
+        record = self._describe(model)
+        try:
+            self._check_same(record)
+            checkpoints = Checkpoints(self.shared / "checkpoints", keep=self.recipe.keep)
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+        with contextlib.closing(checkpoints):
+            return self._run(model, record, checkpoints, begin)
+
+    def _run(self, model, record, checkpoints, begin):
+        try:
+            step, notes = checkpoints.restore(model) or (0, {})
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+        self._announce(record, step)
+        if self.began is not None:
+            record["started"] = self.began["started"]
+            record["resumed"] = [*self.began["resumed"], step]
+        record.update(notes.get("record", {}))
+        self.tokenizer.save(self.folder)
+        self._save(record)
+        try:
+            self._train(model, record, checkpoints, step, notes)
+            if record["status"] == "trained":
+                record["status"] = "finished"
+                with sharding.on_this_host(model) as whole:
+                    record["sample"] = self._sample(whole)
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            record["status"] = "interrupted" if interrupted else "failed"
+            record["error"] = repr(error)
+            raise
+        finally:
+            record["finished"] = _now()
+            record["total_seconds"] = round(time.perf_counter() - begin, 1)
+            record["peak_memory_bytes"] = peak_memory()
+            self._save(record)
+            for sink in self.sinks:
+                sink.close()
+            if self.lock is not None:
+                self.lock.release()
+        plot_curve(
+            self.folder / "curve.csv",
+            self.folder / "loss.png",
+            title=f"{self.script.stem}, {self.size}, on {self.data.name}",
+            validation=record["loss"],
+        )
+        return self._report(record, checkpoints)
+
+    def _save(self, record):
+        write_json(self.folder / "results.json", record)
+
+    def _describe(self, model):
+        """Everything known before training; figures that come later are null until then."""
+        commit, dirty = git_state(self.script.resolve().parent)
+        total = model.count_params()
+        tables = (model.token_embedding, model.lm_head)
+        return {
+            "schema": 2,
+            "id": self.folder.name,
+            "experiment": self.script.stem,
+            "status": "running",
+            "command": shlex.join(["python", *sys.argv]),
+            "started": _now(),
+            "resumed": [],
+            "finished": None,
+            "commit": commit,
+            "dirty": dirty,
+            "size": self.size,
+            "config": dataclasses.asdict(model.config),
+            "block_class": model.block_class.__name__,
+            "recipe": dataclasses.asdict(self.recipe),
+            "optimizer": _plain(keras.saving.serialize_keras_object(model.optimizer)),
+            "dtype": model.dtype_policy.name,
+            "seed": self.seed,
+            "packing": self.packing,
+            "data": self.data.describe(),
+            "tokenizer": {"sha256": self.tokenizer.sha256, "bos_id": self.tokenizer.bos_id},
+            "tokenizer_name": self.tokenizer.name,
+            "backend": keras.config.backend(),
+            "device": device(),
+            "mesh": sharding.describe(),
+            "versions": versions(),
+            "parameters": total,
+            "parameters_non_embedding": total - sum(layer.count_params() for layer in tables),
+            "flops_per_token": flops_per_token(model, self.config.max_seq_len),
+            "mfu_convention": MFU_CONVENTION,
+            "steps": 0,
+            "tokens": 0,
+            "seconds": None,
+            "compile_seconds": None,
+            "evaluation_seconds": 0.0,
+            "checkpoint_seconds": 0.0,
+            "total_seconds": None,
+            "ms_per_step": None,
+            "tokens_per_second": None,
+            "mfu": None,
+            "peak_memory_bytes": None,
+            "train_loss": None,
+            "evaluations": [],
+            "loss": None,
+            "bits_per_byte": None,
+            "sample": None,
+        }
+
+    def _check_same(self, record):
+        """Raises ValueError where the run that this one goes on with was another one."""
+        if self.began is None:
+            return
+        now = json.loads(json.dumps(record))
+        for name in _IDENTITY:
+            old, new = self.began[name], now[name]
+            if old != new:
+                if isinstance(old, dict) and isinstance(new, dict):
+                    key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
+                    name, old, new = f"{name}.{key}", old.get(key), new.get(key)
+                raise ValueError(
+                    f"resume: {name} is {new!r} here, but {old!r} in {self.folder}; give the "
+                    "options of that run, or start a new one"
+                )
+
+    def _announce(self, record, step):
+        data = record["data"]
+        print(
+            f"{record['experiment']}: {record['parameters'] / 1e6:.2f}M parameters, "
+            f"{self.recipe.steps} steps of {self.recipe.batch_size} x {self.config.max_seq_len} "
+            f"tokens of {data['name']} ({data['train_tokens'] / 1e6:.1f}M, "
+            f"sha256 {data['sha256'][:12]})",
+            flush=True,
+        )
+        if self.began is not None:
+            print(f"going on after step {step} of {self.folder}", flush=True)
+
+    def _train(self, model, record, checkpoints, step, notes):
+        """Trains from stop to stop; however it ends, curve, checkpoint and figures are kept."""
+        recipe, peak = self.recipe, peak_flops(record["device"])
+        meter = Meter(
+            self.folder / "curve.csv",
+            tokens_per_step=recipe.batch_size * self.config.max_seq_len,
+            steps=recipe.steps,
+            schedule=self.schedule,
+            flops_per_token=record["flops_per_token"],
+            peak_flops=peak,
+            first_step=step,
+            train_seconds=notes.get("train_seconds", 0.0),
+            sinks=self.sinks,
+        )
+        stop = StopOnInterrupt(model)
+        try:
+            with stop:
+                while meter.steps_done < recipe.steps and not stop.interrupted:
+                    model.fit(
+                        self.train_batches.between(meter.steps_done, recipe.stop(meter.steps_done)),
+                        shuffle=False,  # the batches come in their own seeded order
+                        verbose=1 if sys.stdout.isatty() else 0,
+                        callbacks=[meter, stop],
+                    )
+                    if meter.bad_step is not None or not _finite(model):
+                        record["status"] = "diverged"
+                        break
+                    self._halt(model, record, checkpoints, meter)
+            if record["status"] == "running":
+                done = meter.steps_done == recipe.steps
+                if done and record["loss"] is None:  # a run that goes on only for this
+                    self._evaluate(model, record, recipe.steps)
+                record["status"] = "trained" if done else "interrupted"
+                self._export(model)
+        finally:
+            meter.close()
+            checkpoints.finish()
+            record.update(meter.figures())
+            record["bad_step"] = meter.bad_step
+
+    def _halt(self, model, record, checkpoints, meter):
+        """Evaluates, if it is time, and saves, even if the evaluation fails."""
+        loss = None
+        try:
+            if self.recipe.evaluates(meter.steps_done):
+                loss = self._evaluate(model, record, meter.steps_done)
+        finally:
+            begin = time.perf_counter()
+            meter.flush()
+            names = ("evaluations", "loss", "bits_per_byte", "evaluation_seconds")
+            notes = {
+                "train_seconds": meter.train_seconds,
+                "record": {name: record[name] for name in names},
+            }
+            checkpoints.save(model, meter.steps_done, notes, loss)
+            record["checkpoint_seconds"] += round(time.perf_counter() - begin, 3)
+
+    def _evaluate(self, model, record, step):
+        """Loss per token and bits per byte of the validation slice."""
+        begin = time.perf_counter()
+        loss = model.evaluate(self.validation_batches, verbose=0)
+        nats = loss * (len(self.data.validation) - 1)
+        bits = nats / math.log(2) / self.data.validation_bytes
+        record["evaluations"].append({"step": step, "loss": loss, "bits_per_byte": bits})
+        record["evaluation_seconds"] += round(time.perf_counter() - begin, 2)
+        for sink in self.sinks:
+            sink.log(step, {"validation_loss": loss, "bits_per_byte": bits})
+        if step == self.recipe.steps:
+            record.update(loss=loss, bits_per_byte=bits)
+        return loss
+
+    def _export(self, model):
+        """The model as one file, whole on this host."""
+        with sharding.on_this_host(model) as whole:
+            if sharding.process()[0] == 0:
+                write_atomically(self.folder / "model.keras", whole.save)
+
+    def _sample(self, model):
+        quarter = self.config.max_seq_len // 4
+        start, tokens = self.tokenizer.bos_id, self.data.validation[1 : 1 + quarter]
+        first = tokens[: np.argmax(np.append(tokens, start) == start)]
+        # A token is a byte or more: so many bytes fit.
+        prompt = cut_text(self.tokenizer.decode(first), quarter - 1)
+        text = generate(model, self.tokenizer, prompt, length=3 * quarter, seed=self.seed)
+        return {"prompt": prompt.decode(errors="replace"), "text": text.decode(errors="replace")}
+
+    def _report(self, record, checkpoints):
+        """Prints the outcome; returns the exit status."""
+        if record["status"] == "diverged":
+            kept = checkpoints.steps()
+            good = f"the last good checkpoint is of step {kept[-1]}" if kept else "no checkpoint"
+            bad = record["bad_step"]
+            what = f"weights after step {record['steps']} are"
+            if bad is not None:
+                what = f"loss of step {bad + 1} is"
+            print(f"diverged: the {what} not finite; {good}, in {self.folder}")
+            if bad is not None:
+                documents = self.train_batches.documents(bad)
+                shown = ", ".join(map(str, documents[:20])) + (", ..." if documents[20:] else "")
+                print(f"its batch holds training documents {shown}")
+            return EXIT_DIVERGED
+        if record["status"] == "interrupted":
+            print(
+                f"interrupted after step {record['steps']}; checkpoint and results in "
+                f"{self.folder}; --resume goes on"
+            )
+            return EXIT_INTERRUPTED
+        sample = record["sample"]
+        print(f"\nsample, continuing {sample['prompt']!r}:\n{sample['text']}\n")
+        print(f"results, curve, picture and checkpoints: {self.folder}")
+        print(
+            f"validation: {record['bits_per_byte']:.3f} bits per byte "
+            f"(loss {record['loss']:.4f}), {record['steps']} steps, "
+            f"{record['tokens']:,} tokens in {record['seconds']:.0f} s, "
+            f"{record['tokens_per_second']:,} tokens/s, {record['total_seconds']:.0f} s in all"
+        )
+        return 0
+
+
+def find_run(out, experiment, resume):
+    """The folder of a run to go on with, or None for a new one.
+
+    Args:
+        out: path of the run folders.
+        experiment: str, name of the script.
+        resume: None, path of a run folder, or `""` for the newest in `out` that is not finished.
+
+    Raises:
+        ValueError: if the path holds no run, or one that is finished.
+    """
+    if resume is None or sharding.process()[0]:
+        return None
+    if resume:
+        folder = pathlib.Path(resume)
+        if not (folder / "results.json").is_file():
+            raise ValueError(f"resume={resume!r} holds no run: it has no results.json")
+        if _status(folder) == "finished":
+            raise ValueError(f"resume={resume!r} is finished")
+        return folder
+    found = [path.parent for path in pathlib.Path(out).glob(f"{experiment}-*/results.json")]
+    found = [folder for folder in found if _status(folder) != "finished"]
+    if not found:
+        print(f"nothing to resume in {out}: a new run", flush=True)
+        return None
+    return max(found, key=lambda folder: (folder / "results.json").stat().st_mtime_ns)
+
+
+def _status(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))["status"]
+
+
+def _lock(folder):
+    """Keeps a second process out of a run folder; a killed one leaves it open."""
+    import filelock
+
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(f"resume: another process is training in {folder}") from None
+    return lock
+
+
+def _finite(model):
+    """The loss of a step is from before its update: only the weights can tell about that."""
+    return all(keras.ops.all(keras.ops.isfinite(w)) for w in model.trainable_variables)
+
+
+def _plain(value):
+    """A value as JSON, numbers of other libraries as Python's."""
+    return json.loads(json.dumps(value, default=float))
+
+
+def size_config(size, vocab_size, seq_len=None, remat=None):
+    """The preset with what a run changes of it.
+
+    Args:
+        size: str, name of the preset.
+        vocab_size: int, of the tokenizer; the model's is the next multiple of 128.
+        seq_len: int or None, `max_seq_len` instead of the preset's.
+        remat: bool or None, likewise.
+    """
+    changes = {"max_seq_len": seq_len, "remat": remat}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return GrugConfig.preset(size, vocab_size=128 * math.ceil(vocab_size / 128), **changes)
+
+
+def _now():
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

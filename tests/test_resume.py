@@ -1,0 +1,262 @@
+"""Checkpoints and `--resume`: all of the state or none, and the same losses to the bit."""
+
+import csv
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from grug_keras import Block, GrugConfig, Grugformer
+from grug_keras.checkpoints import Checkpoints, state_variables
+from grug_keras.schedule import Trapezoid
+import keras
+import numpy as np
+import pytest
+
+STARTER = pathlib.Path(__file__).parent.parent / "speedruns" / "grugformer_starter.py"
+CONFIG = GrugConfig(
+    vocab_size=64, hidden_dim=16, intermediate_dim=32, num_layers=2, num_heads=2, num_kv_heads=1,
+    max_seq_len=12,
+)  # fmt: skip
+
+
+class NoisyBlock(Block):
+    """A block with random numbers of its own."""
+
+    def __init__(self, config, **kwargs):
+        super().__init__(config, **kwargs)
+        self.noise = keras.layers.Dropout(0.2, seed=3)
+
+    def call(self, x, **kwargs):
+        return self.noise(super().call(x, **kwargs), training=True)
+
+
+def make(config=CONFIG, optimizer=None, seed=0, **kwargs):
+    keras.utils.set_random_seed(seed)
+    model = Grugformer(config, block_class=NoisyBlock, **kwargs)
+    model.build()
+    model.compile(optimizer or keras.optimizers.AdamW(Trapezoid(0.01, steps=40)))
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def losses(model, steps):
+    """Trains on batches that are a function of the step."""
+    found = []
+    for step in steps:
+        tokens = np.random.default_rng(step).integers(0, 64, (4, 13)).astype("int32")
+        history = model.fit(tokens[:, :-1], tokens[:, 1:], batch_size=4, verbose=0, shuffle=False)
+        found.append(history.history["batch_loss"][0])
+    return found
+
+
+def values(model):
+    found = state_variables(model).values()
+    return [np.array(keras.ops.convert_to_numpy(variable.value)) for variable in found]
+
+
+def damage(folder, how):
+    """Cuts the files of a checkpoint's arrays in half, or changes bits in the middle of them."""
+    large = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 10_000]
+    large = [p for p in large if p.name != "manifest.json"]
+    assert large
+    for path in large:
+        content = path.read_bytes()
+        half = len(content) // 2
+        rest = b"" if how == "truncated" else bytes(64) + content[half + 64 :]
+        path.write_bytes(content[:half] + rest)
+
+
+def test_a_restored_model_goes_on_to_the_bit(tmp_path):
+    """Weights, moments, step, schedule and the state of random layers."""
+    model = make()
+    expected = losses(model, range(6))
+    first = make()
+    assert losses(first, range(3)) == expected[:3]
+    checkpoints = Checkpoints(tmp_path / "c")
+    assert checkpoints.restore(make(seed=9)) is None
+    checkpoints.save(first, 3, {"seconds": 1.5})
+    losses(first, range(3, 5))  # the arrays are given away while the files are written
+    checkpoints.finish()
+    second = make(seed=9)
+    assert Checkpoints(tmp_path / "c").restore(second) == (3, {"seconds": 1.5})
+    assert losses(second, range(3, 6)) == expected[3:]
+
+
+def test_the_last_ones_and_the_best_stay(tmp_path):
+    model = make()
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for step, loss in enumerate([3.0, 1.0, 2.0, None, 4.0, None]):
+        checkpoints.save(model, step, {}, loss)
+    checkpoints.finish()
+    assert Checkpoints(tmp_path / "c", keep=2).steps() == [1, 4, 5]
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        Checkpoints(tmp_path / "c", keep=0)
+
+
+@pytest.mark.parametrize("how", ["truncated", "changed"])
+def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, caplog, how):
+    model = make()
+    checkpoints = Checkpoints(tmp_path / "c")
+    kept = {}
+    for step in (1, 2):
+        losses(model, [step])
+        checkpoints.save(model, step, {})
+        checkpoints.finish()
+        kept[step] = values(model)
+    damage(tmp_path / "c" / "2", how)
+    again = make(seed=9)
+    assert Checkpoints(tmp_path / "c").restore(again)[0] == 1
+    assert "checkpoint of step 2 is skipped" in caplog.text
+    for a, b in zip(values(again), kept[1], strict=True):
+        np.testing.assert_array_equal(a, b)
+    damage(tmp_path / "c" / "1", how)
+    before = values(again)
+    with pytest.raises(ValueError, match="none of the 2 checkpoints in .* can be read"):
+        Checkpoints(tmp_path / "c").restore(again)
+    for a, b in zip(values(again), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "optimizer", "message"),
+    [
+        ({"num_layers": 3}, "adamw", "it has no model/"),
+        ({"num_layers": 1}, "adamw", "it holds model/.*, which this model does not have"),
+        ({"intermediate_dim": 48}, "adamw", r"kernel is float32 \[16, 32\] in it, .*\[16, 48\]"),
+        ({}, "sgd", "it holds optimizer/"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, caplog, changes, optimizer, message):
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(make(optimizer="adamw"), 1, {})
+    checkpoints.finish()
+    other = make(GrugConfig(**{**vars(CONFIG), **changes}), optimizer)
+    with pytest.raises(ValueError, match="none of the 1 checkpoints"):
+        Checkpoints(tmp_path / "c").restore(other)
+    assert re.search(f"step 1 is skipped: ValueError: .*{message}", caplog.text), caplog.text
+
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.path.insert(0, sys.argv[1])
+from test_resume import *
+import logging
+logging.basicConfig()
+model = make()
+checkpoints = Checkpoints(sys.argv[2])
+losses(model, [0])
+print("first", checkpoints.save(model, 1, {}) and checkpoints.finish())
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+print("second", checkpoints.save(model, 2, {}) and checkpoints.finish())
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limit there")
+def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(tmp_path):
+    """A real write that fails: the system lets no file grow beyond 3 kB."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(pathlib.Path(__file__).parent), str(tmp_path / "c")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "KERAS_BACKEND": keras.config.backend()},
+    )
+    assert "first True" in done.stdout, done.stderr
+    assert "second False" in done.stdout, done.stderr
+    assert "is not written" in done.stderr
+    assert Checkpoints(tmp_path / "c").restore(make(seed=9))[0] == 1
+
+
+# ------------------------------------------------------------------------- real runs
+
+OPTIONS = ["--seq-len", "32", "--batch", "4", "--steps", "40", "--save-every", "6"]
+
+
+def start(out, *options):
+    command = [sys.executable, STARTER, "--out", out, *OPTIONS, *options]
+    environment = {**os.environ, "KERAS_BACKEND": keras.config.backend(), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        list(map(str, command)),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def curve(folder):
+    with open(folder / "curve.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [(row["step"], row["loss"], row["learning_rate"], row["gradient_norm"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    process = start(out)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    (folder,) = out.iterdir()
+    return folder
+
+
+def kill_in_training(process, out, moment):
+    """SIGKILL `moment` seconds after the first row of this process; False if it was too late."""
+    before = [path.stat().st_mtime_ns for path in out.glob("*/curve.csv")]
+    while process.poll() is None:
+        now = [path.stat().st_mtime_ns for path in out.glob("*/curve.csv")]
+        if now != before:
+            break
+        time.sleep(0.02)
+    time.sleep(moment)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def test_killed_runs_have_the_losses_of_one_that_was_not(tmp_path, uninterrupted):
+    rng = np.random.default_rng(1)
+    kills = sum(kill_in_training(start(tmp_path, "--resume"), tmp_path, rng.random() * 1.5)
+                for _ in range(3))  # fmt: skip
+    assert kills
+    process = start(tmp_path, "--resume")
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    assert "going on after step" in printed
+    (folder,) = tmp_path.iterdir()
+    assert curve(folder) == curve(uninterrupted)
+    record, want = (
+        json.loads((path / "results.json").read_text()) for path in (folder, uninterrupted)
+    )
+    for name in ("loss", "bits_per_byte", "train_loss", "steps", "sample"):
+        assert record[name] == want[name]
+    assert len(record["resumed"]) >= 1
+    process = start(tmp_path, "--resume", folder)
+    assert "is finished" in process.communicate(timeout=120)[0]
+
+
+def test_a_resume_with_other_options_is_refused(tmp_path):
+    process = start(tmp_path)
+    assert kill_in_training(process, tmp_path, 0.2)
+    (folder,) = tmp_path.iterdir()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    for options, message in (
+        (["--seed", "1"], "resume: seed is 1 here, but 0 in"),
+        (["--batch", "8"], "resume: recipe.batch_size is 8 here, but 4 in"),
+        (["--tokenizer", "bpe:300"], "resume: tokenizer.sha256 is"),
+    ):
+        process = start(tmp_path, "--resume", folder, *options)
+        printed, _ = process.communicate(timeout=300)
+        assert process.returncode == 1, printed
+        assert re.search(message, printed), printed
+        assert "Traceback" not in printed
+    after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert after == before, "nothing is overwritten"
+    process = start(tmp_path, "--resume", tmp_path / "gone")
+    assert "holds no run" in process.communicate(timeout=120)[0]

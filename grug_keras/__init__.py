@@ -9,6 +9,7 @@ from grug_keras.attention import CausalSelfAttention  # noqa: E402
 from grug_keras.config import GrugConfig  # noqa: E402
 from grug_keras.model import MLP, Block, Grugformer, LMHead  # noqa: E402
 from grug_keras.muon import Muon  # noqa: E402
+from grug_keras.optax_optimizer import OptaxOptimizer  # noqa: E402
 from grug_keras.schedule import Trapezoid  # noqa: E402
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "Grugformer",
     "LMHead",
     "Muon",
+    "OptaxOptimizer",
     "Trapezoid",
     "ops",
     "sharding",

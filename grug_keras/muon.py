@@ -1,5 +1,6 @@
 """Muon on many devices, and compiled once for all layers."""
 
+from grug_keras.roles import role_of
 from grug_keras.sharding import split_layers
 import keras
 from keras import ops
@@ -7,18 +8,48 @@ from keras import ops
 
 @keras.saving.register_keras_serializable(package="grug_keras")
 class Muon(keras.optimizers.Muon):
-    """`keras.optimizers.Muon` that orthogonalises matrices of one shape together.
+    """`keras.optimizers.Muon` for the matrices inside the blocks, and AdamW for all others.
 
+    Which is which goes by role (`roles.py`); a variable that has none is an error, where Keras
+    would train it with AdamW and say nothing. Matrices of one shape are orthogonalised together.
     The same update (Jordan et al., https://kellerjordan.github.io/posts/muon), and the same
     variables. One loop over the Newton-Schulz steps of a stack of matrices compiles once for
     all layers, where Keras writes every step of every matrix out; and on a mesh each device
     takes some of the matrices whole, where Keras gathers all of them on every device.
-    Arguments as of `keras.optimizers.Muon`.
+
+    Args:
+        learning_rate, **kwargs: of `keras.optimizers.Muon`.
+        roles: dict of path regex -> `"matrix"` or `"other"`, for variables that an experiment
+            adds.
+
+    Raises:
+        ValueError: names a variable without a role, when it is built.
 
     Example:
 
-    >>> model.compile(Muon(0.02, exclude_layers=["lm_head"], adam_lr_ratio=0.3))
+    >>> model.compile(Muon(0.02, adam_lr_ratio=0.3))
     """
+
+    def __init__(self, learning_rate=0.001, *, roles=None, **kwargs):
+        super().__init__(learning_rate, **kwargs)
+        self.roles = roles or {}
+
+    def _should_use_adamw(self, variable):
+        role = role_of(variable, self.roles)
+        if role is None:
+            raise ValueError(
+                f"Muon has no role for {variable.path} of shape {tuple(variable.shape)}: name one, "
+                f"e.g. roles={{r'.*{variable.name}': 'other'}} for AdamW"
+            )
+        return role != "matrix" or super()._should_use_adamw(variable)
+
+    def rule_of(self, variable):
+        """The name of what updates a variable."""
+        adam = self._should_use_adamw(variable)
+        return f"AdamW, {self.adam_lr_ratio:g} of the rate" if adam else "Muon"
+
+    def get_config(self):
+        return {**super().get_config(), "roles": self.roles}
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         """Keras's loop over the variables, those of Muon taken out. Gradients may be few."""

@@ -29,6 +29,7 @@ from grug_keras.results import (
     write_atomically,
     write_json,
 )
+from grug_keras.roles import table
 import keras
 import numpy as np
 
@@ -116,7 +117,10 @@ class Speedrun:
         except ValueError as error:  # a variable that the mesh cannot split
             raise click.ClickException(str(error)) from error
         model.compile(build_optimizer(self.schedule), accumulate=self.recipe.accumulate)
-        model.optimizer.build(model.trainable_variables)
+        try:
+            model.optimizer.build(model.trainable_variables)
+        except ValueError as error:  # a variable that no optimizer takes
+            raise click.ClickException(str(error)) from error
         record = self._describe(model)
         try:
             self._check_same(record)
@@ -131,7 +135,7 @@ class Speedrun:
             step, notes = checkpoints.restore(model) or (0, {})
         except ValueError as error:
             raise click.ClickException(str(error)) from error
-        self._announce(record, step)
+        self._announce(model, record, step)
         if self.began is not None:
             record["started"] = self.began["started"]
             record["resumed"] = [*self.began["resumed"], step]
@@ -238,7 +242,7 @@ class Speedrun:
                     "options of that run, or start a new one"
                 )
 
-    def _announce(self, record, step):
+    def _announce(self, model, record, step):
         data = record["data"]
         print(
             f"{record['experiment']}: {record['parameters'] / 1e6:.2f}M parameters, "
@@ -247,6 +251,7 @@ class Speedrun:
             f"sha256 {data['sha256'][:12]})",
             flush=True,
         )
+        print(table(model), flush=True)
         if self.began is not None:
             print(f"going on after step {step} of {self.folder}", flush=True)
 

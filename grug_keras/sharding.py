@@ -416,7 +416,11 @@ def on_this_host(model):
         config = {**model.get_config(), "block_class": model.block_class}
         copy = type(model).from_config(config)
         copy.build()
-        optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
+        optimizer = model.optimizer
+        if hasattr(optimizer, "unbuilt"):  # its transformation need not have a config
+            optimizer = optimizer.unbuilt()
+        else:
+            optimizer = type(optimizer).from_config(optimizer.get_config())
         copy.compile(optimizer, accumulate=model.accumulate)
         copy.optimizer.build(copy.trainable_variables)
         copy.set_weights(weights)

@@ -25,7 +25,6 @@ def build_optimizer(learning_rate):
     """Muon for the matrices inside the blocks; AdamW for embedding, head and norms."""
     return Muon(
         learning_rate,
-        exclude_layers=["lm_head"],
         adam_lr_ratio=0.3,
         adam_beta_2=0.95,
         weight_decay=0.01,

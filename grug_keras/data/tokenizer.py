@@ -1,6 +1,7 @@
 """Tokenizers over raw bytes: bytes themselves, a `tokenizer.json`, one trained here, KerasHub's."""
 
 import hashlib
+import itertools
 import json
 import pathlib
 
@@ -10,7 +11,7 @@ import numpy as np
 # What the start of a document is called in published tokenizers; the first one found is used.
 _BOS_NAMES = ("<|bos|>", "<|endoftext|>", "<|begin_of_text|>", "<s>", "<bos>")
 _TRAINING_BYTES = 2**28  # a vocabulary hardly changes after that much text
-_BATCH_BYTES = 2**22
+_BATCH_BYTES = 2**20
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 
 
@@ -70,10 +71,11 @@ class _PieceTokenizer:
         self.bos_id, self.vocab_size = bos_id, len(pieces)
         self._pieces = pieces
         self.token_bytes = np.array([len(piece) for piece in pieces], dtype=np.int64)
-        self._prefix = b""
+        self._lengths = self.token_bytes.copy()
+        self._sums = np.array([sum(piece) for piece in pieces], dtype=np.uint32)
         (ids,) = self._encode_all(["grug"])
-        if b"".join([pieces[i] for i in ids]) == b" grug":
-            self._prefix = b" "
+        added = b"".join([pieces[i] for i in ids]) == b" grug"
+        self._prefix = b" " if added else b""
         self.token_bytes[bos_id] = -len(self._prefix)
 
     def encode(self, text):
@@ -93,17 +95,31 @@ class _PieceTokenizer:
             ValueError: if the tokens of a text do not spell that text, since bits per byte
                 would then count bytes that were never predicted.
         """
-        strings = [text.decode("utf-8", errors="replace") for text in texts]
-        found = self._encode_all(strings)
-        pieces, prefix = self._pieces, self._prefix
-        for text, ids in zip(texts, found, strict=True):
-            if b"".join([pieces[i] for i in ids]) != prefix + text:
+        found = self._encode_all([text.decode("utf-8", errors="replace") for text in texts])
+        ends = np.cumsum([len(ids) for ids in found])
+        chained = itertools.chain.from_iterable(found)
+        ids = np.fromiter(chained, np.int32, count=int(ends[-1]) if len(ends) else 0)
+        parts = np.split(ids, ends[:-1])
+        for text, part in zip(texts, parts, strict=True):
+            if not self._spells(part, self._prefix + text):
                 raise ValueError(
                     f"tokenizer={self.name!r} loses text: {text[:40].decode(errors='replace')!r}"
                     "... is not what its tokens spell, so bits per byte would be wrong; use a "
                     "byte-level tokenizer"
                 )
-        return [np.array(ids, dtype=np.int32) for ids in found]
+        return parts
+
+    def _spells(self, ids, text):
+        """Whether tokens stand for a text, by length and sum of the bytes of each.
+
+        Joining their bytes would say so too, but takes a third of the time of tokenizing.
+        """
+        lengths = self._lengths[ids]
+        ends = np.cumsum(lengths)
+        if not len(ids) or ends[-1] != len(text) or lengths.min() == 0:
+            return not len(ids) and not text
+        sums = np.add.reduceat(np.frombuffer(text, np.uint8), ends - lengths, dtype=np.uint32)
+        return bool((sums == self._sums[ids]).all())
 
     def decode(self, ids):
         """Returns the UTF-8 `bytes` of ids; document starts are dropped."""

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import itertools
 import json
@@ -175,13 +176,14 @@ def _tokenizer(source, spec, out):
 
 
 def _encoded(source, tokenizer, skip):
-    """Yields `(pieces, ids of each)`, two batches ahead of the consumer.
+    """Yields `(pieces, ids of each)`; every core tokenizes a batch of its own.
 
-    The library tokenizes a batch on all cores; what Python does for one batch, another one
-    does not wait for.
+    So nothing waits for what Python does with one batch, where the library's own threads share
+    each batch and then wait for it (`benchmarks/tokenizing.py`).
     """
     pieces = itertools.islice(source.pieces(), skip, None)
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    cores = os.cpu_count() or 1
+    with _library_threads_off(), concurrent.futures.ThreadPoolExecutor(cores) as pool:
         pending = collections.deque()
 
         def encode(batch):
@@ -189,10 +191,24 @@ def _encoded(source, tokenizer, skip):
 
         for batch in batched(pieces, lambda piece: len(piece.text)):
             pending.append(pool.submit(encode, batch))
-            if len(pending) > 2:
+            if len(pending) > 2 * cores:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+@contextlib.contextmanager
+def _library_threads_off():
+    name = "TOKENIZERS_PARALLELISM"  # the library reads it at each call
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _progress_bar(batches, source, done, show):
@@ -204,6 +220,8 @@ def _progress_bar(batches, source, done, show):
         for pieces, ids in batches:
             yield pieces, ids
             bar.update(sum(len(piece.text) for piece in pieces))
+        bar.total = bar.n  # the files' size was only about that of their text
+        bar.refresh()
 
 
 def _check_room(out, pieces, ids):

@@ -1,0 +1,61 @@
+"""What each variable is to an optimizer: derived, so that no experiment restates it."""
+
+import re
+
+ROLES = ("matrix", "embedding", "head", "vector", "other")
+# Matched whole, in this order, by path and number of dimensions.
+_RULES = (
+    ("embedding", 2, r".*token_embedding/embeddings"),
+    ("head", 2, r".*lm_head/kernel"),
+    ("matrix", 2, r".*/block_\d+/.*kernel"),
+    ("vector", 1, r".*"),
+    ("vector", 0, r".*"),
+)
+
+
+def role_of(variable, roles=None):
+    """The role of a variable: `"matrix"` inside a block, `"embedding"`, `"head"`, `"vector"`.
+
+    Args:
+        variable: `keras.Variable`.
+        roles: dict of path regex -> role, of variables that an experiment adds; they go first.
+
+    Returns:
+        str, or None if nothing says.
+
+    Raises:
+        ValueError: if a role is none of `ROLES`.
+    """
+    for pattern, role in (roles or {}).items():
+        if role not in ROLES:
+            raise ValueError(f"roles[{pattern!r}] must be one of {', '.join(ROLES)}, got {role!r}")
+        if re.fullmatch(pattern, variable.path):
+            return role
+    for role, rank, pattern in _RULES:
+        if len(variable.shape) == rank and re.fullmatch(pattern, variable.path):
+            return role
+    return None
+
+
+def table(model):
+    """Which optimizer gets which variables, as text.
+
+    Args:
+        model: built and compiled.
+    """
+    rows = {}
+    rule = getattr(model.optimizer, "rule_of", lambda _: type(model.optimizer).__name__)
+    known = getattr(model.optimizer, "roles", None)
+    for variable in model.trainable_variables:
+        role = role_of(variable, known) or "other"
+        count, size, _ = rows.get(role, (0, 0, None))
+        elements = 1
+        for length in variable.shape:
+            elements *= length
+        rows[role] = (count + 1, size + elements, rule(variable))
+    lines = [f"{'role':10} {'variables':>9} {'parameters':>13}  optimizer"]
+    for role in ROLES:
+        if role in rows:
+            count, size, name = rows[role]
+            lines.append(f"{role:10} {count:9,} {size:13,}  {name}")
+    return "\n".join(lines)

@@ -1,6 +1,6 @@
 """SIGKILLs at random moments of one run: how many losses differ from an uninterrupted one.
 
-    python benchmarks/kills.py [--kills 50] [--steps 400] [--backend jax]
+    python benchmarks/kills.py [--kills 50] [--steps 2500] [--backend jax]
 
 The starter runs once in peace; then a second run is started with --resume, killed at a random
 moment (while it imports, compiles, trains or saves), and started again, until that many kills
@@ -37,17 +37,18 @@ def saved_steps(out):
 
 @click.command()
 @click.option("--kills", default=50)
-@click.option("--steps", default=400)
+@click.option("--steps", default=2500)
+@click.option("--longest", default=16.0, help="Seconds that a process lives at most.")
 @click.option("--backend", default="jax")
 @click.option("--seed", default=0)
-def main(kills, steps, backend, seed):
+def main(kills, steps, longest, backend, seed):
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
 
         def start(out, *options):
             command = [sys.executable, STARTER, "--out", folder / out, "--steps", steps]
-            command += ["--batch", 4, "--seq-len", 64, "--save-every", 10, *options]
+            command += ["--batch", 4, "--seq-len", 64, "--save-every", 25, *options]
             return subprocess.Popen(
                 [str(part) for part in command],
                 env={**os.environ, "KERAS_BACKEND": backend},
@@ -58,13 +59,12 @@ def main(kills, steps, backend, seed):
         begin = time.perf_counter()
         assert start("whole").wait() == 0
         (whole,) = (folder / "whole").iterdir()
-        took = time.perf_counter() - begin
-        print(f"uninterrupted: {took:.0f} s", flush=True)
+        print(f"uninterrupted: {time.perf_counter() - begin:.0f} s", flush=True)
         done = 0
         while done < kills:
             process = start("killed", "--resume")
             try:
-                process.wait(rng.uniform(0, 0.8 * took))
+                process.wait(rng.uniform(0, longest))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()

@@ -253,6 +253,8 @@ class _Orbax:
 
     def save(self, step, values, manifest, loss):
         args = self._ocp.args
+        if step in self.steps():  # one that could not be read
+            self._manager.delete(step)
         self._manager.save(
             step,
             args=args.Composite(state=args.StandardSave(values), manifest=args.JsonSave(manifest)),

@@ -37,7 +37,7 @@ VALIDATION_BYTES = 2**18
 EXIT_INTERRUPTED, EXIT_DIVERGED = 130, 1
 # What a run that goes on must share with the one that began.
 _IDENTITY = ("experiment", "size", "seed", "recipe", "packing", "tokenizer", "data", "config",
-             "block_class", "optimizer", "dtype", "backend")  # fmt: skip
+             "block_class", "optimizer", "optimizer_config", "dtype", "backend")  # fmt: skip
 
 
 class Speedrun:
@@ -138,7 +138,7 @@ class Speedrun:
         self._announce(model, record, step)
         if self.began is not None:
             record["started"] = self.began["started"]
-            record["resumed"] = [*self.began["resumed"], step]
+            record["resumed"] = [*self.began.get("resumed", []), step]
         record.update(notes.get("record", {}))
         self.tokenizer.save(self.folder)
         self._save(record)
@@ -193,13 +193,13 @@ class Speedrun:
             "config": dataclasses.asdict(model.config),
             "block_class": model.block_class.__name__,
             "recipe": dataclasses.asdict(self.recipe),
-            "optimizer": _plain(keras.saving.serialize_keras_object(model.optimizer)),
+            "optimizer": type(model.optimizer).__name__,
+            "optimizer_config": _plain(keras.saving.serialize_keras_object(model.optimizer)),
             "dtype": model.dtype_policy.name,
             "seed": self.seed,
             "packing": self.packing,
             "data": self.data.describe(),
-            "tokenizer": {"sha256": self.tokenizer.sha256, "bos_id": self.tokenizer.bos_id},
-            "tokenizer_name": self.tokenizer.name,
+            "tokenizer": {"name": self.tokenizer.name, "sha256": self.tokenizer.sha256},
             "backend": keras.config.backend(),
             "device": device(),
             "mesh": sharding.describe(),
@@ -232,7 +232,9 @@ class Speedrun:
             return
         now = json.loads(json.dumps(record))
         for name in _IDENTITY:
-            old, new = self.began[name], now[name]
+            old, new = self.began.get(name), now[name]
+            if name == "tokenizer":  # one that was trained here has another name in its file
+                old, new = ({"sha256": (t or {}).get("sha256")} for t in (old, new))
             if old != new:
                 if isinstance(old, dict) and isinstance(new, dict):
                     key = next(k for k in {**old, **new} if old.get(k) != new.get(k))

@@ -9,9 +9,19 @@ import os
 
 os.environ.update(KERAS_BACKEND="jax", JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu")
 
-from grug_keras import Block, CausalSelfAttention, GrugConfig, Grugformer, Muon, ops, sharding
+from grug_keras import (
+    Block,
+    CausalSelfAttention,
+    GrugConfig,
+    Grugformer,
+    Muon,
+    OptaxOptimizer,
+    ops,
+    sharding,
+)
 import keras
 import numpy as np
+import optax
 
 STEPS, BATCH, SEQ_LEN = 20, 8, 288  # beyond 256 positions attention runs in blocks
 CONFIG = GrugConfig(96, 32, 48, 3, 4, 2, max_seq_len=SEQ_LEN, qk_norm=True)
@@ -21,10 +31,15 @@ LAYOUTS = {
     "TP": ("model=auto, data=2", sharding.RULES),
     "FSDP x TP": ("data=4,model=2", sharding.RULES),
 }
-CASES = {  # dtype policy, remat
-    "float32": ("float32", True),
-    "all kept": ("float32", False),
-    "mixed": ("mixed_bfloat16", True),
+CASES = {  # dtype policy, remat, optimizer, parts of a batch
+    "float32": ("float32", True, "muon", 1),
+    "all kept": ("float32", False, "muon", 1),
+    "mixed": ("mixed_bfloat16", True, "muon", 1),
+    "optax in parts": ("float32", True, "optax", 2),
+}
+OPTIMIZERS = {
+    "muon": lambda: Muon(0.01, weight_decay=0.1),
+    "optax": lambda: OptaxOptimizer(optax.adamw(0.01)),
 }
 
 
@@ -55,12 +70,12 @@ def batches():
     return {"token_ids": tokens[:, :-1], "segment_ids": segments}, tokens[:, 1:], weights
 
 
-def train(policy, remat):
+def train(policy, remat, optimizer, parts):
     """The loss of every step."""
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(policy)
     model = Grugformer(GrugConfig(**{**vars(CONFIG), "remat": remat}), SinkBlock)
-    model.compile(Muon(0.01, exclude_layers=["lm_head"], weight_decay=0.1))
+    model.compile(OPTIMIZERS[optimizer](), accumulate=parts)
     losses = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda _, logs: found.append(float(logs["batch_loss"]))
     )
@@ -130,13 +145,13 @@ def fit_batch_of_six():
 
 def main():
     runs = {}
-    for case, (policy, remat) in CASES.items():
-        _, alone = train(policy, remat)
+    for case, options in CASES.items():
+        _, alone = train(*options)
         for layout, (mesh, rules) in LAYOUTS.items():
             if case != "float32" and layout != "FSDP x TP":
                 continue
             distribution = sharding.distribute(mesh, rules)
-            model, losses = train(policy, remat)
+            model, losses = train(*options)
             keras.distribution.set_distribution(None)
             runs[f"{layout}, {case}"] = {
                 "losses": losses,

@@ -114,7 +114,13 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, caplog, how):
     assert "checkpoint of step 2 is skipped" in caplog.text
     for a, b in zip(values(again), kept[1], strict=True):
         np.testing.assert_array_equal(a, b)
-    damage(tmp_path / "c" / "1", how)
+    checkpoints = Checkpoints(tmp_path / "c")
+    losses(again, [2])
+    assert checkpoints.save(again, 2, {}), "in place of the damaged one"
+    assert checkpoints.finish()
+    assert Checkpoints(tmp_path / "c").restore(make(seed=8))[0] == 2
+    for step in "12":
+        damage(tmp_path / "c" / step, how)
     before = values(again)
     with pytest.raises(ValueError, match="none of the 2 checkpoints in .* can be read"):
         Checkpoints(tmp_path / "c").restore(again)

@@ -35,6 +35,7 @@ def report():
         ("FSDP x TP, float32", 1e-5),
         ("FSDP x TP, all kept", 1e-5),
         ("FSDP x TP, mixed", 5e-3),  # bfloat16 sums in another order
+        ("FSDP x TP, optax in parts", 1e-5),
     ],
 )
 def test_a_mesh_trains_as_one_device(report, run, bound):
@@ -51,6 +52,7 @@ def test_every_large_variable_and_its_slots_are_split(report):
     assert runs["FSDP, float32"]["largest share"] == 1 / 8
     assert runs["FSDP x TP, float32"]["largest share"] == 1 / 8
     assert runs["TP, float32"]["largest share"] == 1 / 8
+    assert runs["FSDP x TP, optax in parts"]["largest share"] == 1 / 8
     assert runs["DP, float32"]["largest share"] == 1
 
 

@@ -26,7 +26,7 @@ class TokenData:
         tokenizer: see `load_tokenizer`.
         train: int32 array, or `ShardedTokens`.
         validation: int32 array.
-        validation_bytes: int, length of the text of `validation`.
+        train_bytes: int or None, length of the training text where it is known.
     """
 
     name: str
@@ -34,6 +34,7 @@ class TokenData:
     tokenizer: Any
     train: Any
     validation: np.ndarray
+    train_bytes: int | None = None
 
     @property
     def validation_bytes(self):
@@ -45,6 +46,7 @@ class TokenData:
         return {
             "name": self.name,
             "sha256": self.sha256,
+            "train_bytes": self.train_bytes,
             "train_tokens": len(self.train),
             "validation_tokens": len(self.validation),
             "validation_bytes": self.validation_bytes,
@@ -81,7 +83,8 @@ def load_data(data, tokenizer=None, validation_bytes=2**18):
     tokenizer = load_tokenizer(tokenizer or "bytes", lambda: corpus.train)
     validation = token_stream(corpus.validation_slice(validation_bytes), tokenizer)
     train = token_stream(corpus.train, tokenizer)
-    return TokenData(data, corpus.sha256, tokenizer, train, validation)
+    train_bytes = sum(map(len, corpus.train))
+    return TokenData(data, corpus.sha256, tokenizer, train, validation, train_bytes)
 
 
 def _from_files(data, folder, files, spec, validation_bytes):
@@ -103,6 +106,7 @@ def _from_files(data, folder, files, spec, validation_bytes):
         tokenizer=tokenizer,
         train=train,
         validation=_first_bytes(validation, tokenizer, validation_bytes),
+        train_bytes=made["splits"]["train"]["bytes"] if made else None,
     )
 
 

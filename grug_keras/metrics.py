@@ -222,6 +222,7 @@ class TensorBoard:
 
     def __init__(self, folder, name):
         try:
+            import tensorboard  # noqa: F401 - without it TensorFlow fails at the first number
             import tensorflow as tf
         except ImportError:
             raise ValueError("log=tensorboard needs: pip install tensorflow tensorboard") from None

@@ -17,6 +17,7 @@ from grug_keras.data import load_corpus, token_stream
 from grug_keras.data.batches import TokenBatches
 from grug_keras.data.tokenizer import ByteTokenizer
 from grug_keras.generate import generate
+from grug_keras.metrics import SINKS
 from grug_keras.results import new_run_dir
 from grug_keras.run import VALIDATION_BYTES
 from grug_keras.schedule import Trapezoid
@@ -367,3 +368,10 @@ def test_wandb_is_given_the_same_numbers(tiny_run, monkeypatch, tmp_path):
         assert summary[name] == pytest.approx(float(row[name]))
     close()
     assert list((tmp_path / "w").rglob("*.wandb"))
+
+
+@pytest.mark.parametrize(("name", "module"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
+def test_a_logger_that_is_not_installed_is_named(name, module, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"log={name} needs: pip install .*{module}"):
+        SINKS[name](tmp_path, "a-run")

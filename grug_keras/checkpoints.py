@@ -229,6 +229,10 @@ class _Orbax:
         logging.getLogger("absl").setLevel(logging.ERROR)  # it tells every step it takes
         policies = ocp.checkpoint_managers
         self._ocp = ocp
+
+        def loss(metrics):
+            return metrics["loss"]
+
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
@@ -236,24 +240,26 @@ class _Orbax:
                     [
                         policies.LatestN(keep),
                         policies.BestN(
-                            get_metric_fn=lambda metrics: metrics["loss"],
+                            get_metric_fn=loss,
                             reverse=True,
                             n=1,
                             keep_checkpoints_without_metrics=False,
                         ),
                     ]
                 ),
+                best_fn=loss,  # without it the metrics are not written, and forgotten on resume
                 cleanup_tmp_directories=True,
             ),
             item_names=("state", "manifest"),
         )
 
     def steps(self):
+        # From disk: this drops one that is being written, so never within `save`.
         return self._manager.all_steps(read=True)
 
     def save(self, step, values, manifest, loss):
         args = self._ocp.args
-        if step in self.steps():  # one that could not be read
+        if step in self._manager.all_steps():  # one that could not be read
             self._manager.delete(step)
         self._manager.save(
             step,

@@ -93,7 +93,11 @@ def test_the_last_ones_and_the_best_stay(tmp_path):
     for step, loss in enumerate([3.0, 1.0, 2.0, None, 4.0, None]):
         checkpoints.save(model, step, {}, loss)
     checkpoints.finish()
-    assert Checkpoints(tmp_path / "c", keep=2).steps() == [1, 4, 5]
+    again = Checkpoints(tmp_path / "c", keep=2)
+    assert again.steps() == [1, 4, 5]
+    again.save(model, 6, {}, 1.5)
+    again.finish()
+    assert again.steps() == [1, 5, 6], "the best one is known to the next process too"
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         Checkpoints(tmp_path / "c", keep=0)
 

@@ -214,18 +214,20 @@ def peak_memory():
 
 
 class TensorBoard:
-    """A sink for TensorBoard; needs TensorFlow to write and TensorBoard to look.
+    """A sink for TensorBoard; needs TensorFlow to write and TensorBoard to look."""
 
-    Raises:
-        ValueError: if they are not there.
-    """
-
-    def __init__(self, folder, name):
+    @staticmethod
+    def require():
+        """Raises ValueError if they are not there."""
         try:
             import tensorboard  # noqa: F401 - without it TensorFlow fails at the first number
-            import tensorflow as tf
+            import tensorflow  # noqa: F401
         except ImportError:
             raise ValueError("log=tensorboard needs: pip install tensorflow tensorboard") from None
+
+    def __init__(self, folder, name):
+        import tensorflow as tf
+
         self._summary = tf.summary
         self._writer = tf.summary.create_file_writer(str(folder))
 
@@ -241,17 +243,19 @@ class TensorBoard:
 
 
 class WandB:
-    """A sink for Weights & Biases; `WANDB_MODE=offline` keeps it on this machine.
+    """A sink for Weights & Biases; `WANDB_MODE=offline` keeps it on this machine."""
 
-    Raises:
-        ValueError: if `wandb` is not there.
-    """
-
-    def __init__(self, folder, name):
+    @staticmethod
+    def require():
+        """Raises ValueError if `wandb` is not there."""
         try:
-            import wandb
+            import wandb  # noqa: F401
         except ImportError:
             raise ValueError("log=wandb needs: pip install wandb") from None
+
+    def __init__(self, folder, name):
+        import wandb
+
         self._run = wandb.init(
             project="grug_keras", name=name, id=name, dir=str(folder), resume="allow"
         )

@@ -98,43 +98,44 @@ class Speedrun:
         )
         self.validation_batches = TokenBatches(self.data.validation, **window)
         self.schedule = recipe.schedule()
-        self.began = None
+        self.out, self.folder, self.began = out, began, None
         if began is not None:
             self.began = json.loads((began / "results.json").read_text(encoding="utf-8"))
-        self.folder = began or new_run_dir(out, f"{self.script.stem}-{size}-seed{seed}")
-        self.lock = _lock(self.folder)
-        self.shared = pathlib.Path(sharding.agree(str(self.folder.resolve())))
-        names = () if sharding.process()[0] else log
-        self.sinks = [SINKS[name](self.folder / name, self.folder.name) for name in names]
+        self.log = () if sharding.process()[0] else log
+        for name in self.log:
+            SINKS[name].require()
 
     def __call__(self, build_model, build_optimizer):
         """Trains, evaluates, records. Returns the exit status of the process."""
         begin = time.perf_counter()
         keras.utils.set_random_seed(self.seed)
-        try:
+        with _refusals():
             model = build_model(self.config)
-            model.build()
-        except ValueError as error:  # a variable that the mesh cannot split
-            raise click.ClickException(str(error)) from error
-        model.compile(build_optimizer(self.schedule), accumulate=self.recipe.accumulate)
-        try:
-            model.optimizer.build(model.trainable_variables)
-        except ValueError as error:  # a variable that no optimizer takes
-            raise click.ClickException(str(error)) from error
-        record = self._describe(model)
-        try:
+            model.build()  # a variable that the mesh cannot split
+            model.compile(build_optimizer(self.schedule), accumulate=self.recipe.accumulate)
+            model.optimizer.build(model.trainable_variables)  # one that no optimizer takes
+            shared = self._open()
+            record = self._describe(model)
             self._check_same(record)
-            checkpoints = Checkpoints(self.shared / "checkpoints", keep=self.recipe.keep)
-        except ValueError as error:
-            raise click.ClickException(str(error)) from error
+            checkpoints = Checkpoints(shared / "checkpoints", keep=self.recipe.keep)
         with contextlib.closing(checkpoints):
             return self._run(model, record, checkpoints, begin)
 
+    def _open(self):
+        """Takes the run's folder; returns where all processes find it.
+
+        Late, so that what fails or is killed before it has a record leaves no folder.
+        """
+        if self.folder is None:
+            name = f"{self.script.stem}-{self.size}-seed{self.seed}"
+            self.folder = new_run_dir(self.out, name)
+        self.lock = _lock(self.folder)
+        self.sinks = [SINKS[name](self.folder / name, self.folder.name) for name in self.log]
+        return pathlib.Path(sharding.agree(str(self.folder.resolve())))
+
     def _run(self, model, record, checkpoints, begin):
-        try:
+        with _refusals():
             step, notes = checkpoints.restore(model) or (0, {})
-        except ValueError as error:
-            raise click.ClickException(str(error)) from error
         self._announce(model, record, step)
         if self.began is not None:
             record["started"] = self.began["started"]
@@ -406,6 +407,15 @@ def find_run(out, experiment, resume):
 
 def _status(folder):
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))["status"]
+
+
+@contextlib.contextmanager
+def _refusals():
+    """What is refused before training is a line, not a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _lock(folder):

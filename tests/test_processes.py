@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -115,16 +116,20 @@ class Doubled(Block):
     """Like that of the experiment; only its name and its weights count here."""
 
 
+def kill(folder, process, after):
+    """Kills one of the processes once the first one has said something."""
+    deadline = time.monotonic() + 120
+    while after not in (folder / "0.log").read_text():
+        assert time.monotonic() < deadline, (folder / "0.log").read_text()
+        time.sleep(0.05)
+    process.kill()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_stops_the_others(tmp_path, text, victim):
     """Within the bound, with a message; whether the coordinator dies or another one."""
-    options = ["--mesh", "data=auto", "--steps", "500", "--seq-len", "32"]
-    processes = start(tmp_path, text, 2, *options)
-    deadline = time.monotonic() + 120
-    while "step 50/" not in (tmp_path / "0.log").read_text():
-        assert time.monotonic() < deadline, (tmp_path / "0.log").read_text()
-        time.sleep(0.2)
-    processes[victim].kill()
+    processes = start(tmp_path, text, 2, "--mesh", "data=auto", "--steps", "500", *SMALL)
+    kill(tmp_path, processes[victim], after="step 50/")
     killed = time.monotonic()
     survivor = 1 - victim
     (status,), _ = finish(tmp_path, [processes[survivor]], timeout=120)
@@ -132,3 +137,39 @@ def test_a_killed_process_stops_the_others(tmp_path, text, victim):
     print(f"stopped {time.monotonic() - killed:.1f} s after the other, status {status}")
     assert status != 0
     assert "another process has stopped" in log or "another task died" in log, log
+
+
+LONGER = ["--steps", "40", "--save-every", "6", "--batch", "32", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("longer")
+    statuses, logs = finish(folder, start(folder, text, 1, *LONGER))
+    assert statuses == [0], logs[0]
+    return record(folder)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("killed")
+    processes = start(folder, text, 2, "--mesh", "data=auto", *LONGER)
+    kill(folder, processes[0], after="step 16/")
+    finish(folder, processes, timeout=120)
+    return folder
+
+
+@pytest.mark.parametrize(("count", "mesh"), [(2, "model=2"), (1, None)])
+def test_a_killed_run_goes_on_elsewhere(tmp_path, text, longer, killed, count, mesh):
+    """What two processes wrote, split over another mesh, and whole on one device."""
+    shutil.copytree(killed / "runs", tmp_path / "runs")
+    options = [*LONGER, "--resume", *(["--mesh", mesh] if mesh else [])]
+    statuses, logs = finish(tmp_path, start(tmp_path, text, count, *options))
+    assert statuses == [0] * count, "\n".join(logs)
+    _, results, losses = record(tmp_path)
+    _, expected, expected_losses = longer
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert results["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
+    (resumed,) = results["resumed"]
+    assert 6 <= resumed < 40
+    assert f"going on after step {resumed} of" in logs[0]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import click
 from grug_keras import Grugformer
 from grug_keras.checkpoints import Checkpoints
 from grug_keras.data import load_corpus, token_stream
@@ -176,6 +177,15 @@ def tiny_run(tmp_path):
     recipe = Recipe(steps=8, batch_size=2, learning_rate=0.1)
     data = str(tmp_path / "text.txt")
     return Speedrun(__file__, "smoke", recipe, data=data, seq_len=16, out=tmp_path / "runs")
+
+
+def test_a_model_that_is_refused_leaves_no_folder(tiny_run, tmp_path):
+    def build_model(config):
+        raise ValueError("no such thing")
+
+    with pytest.raises(click.ClickException, match="no such thing"):
+        tiny_run(build_model, keras.optimizers.SGD)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_that_diverges_names_step_documents_and_last_good_checkpoint(tiny_run, capsys):
@@ -356,7 +366,8 @@ def test_wandb_is_given_the_same_numbers(tiny_run, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_SILENT", "true")
     (tmp_path / "w").mkdir()
     sink = WandB(tmp_path / "w", "a-run")
-    tiny_run.sinks = [sink]
+    tiny_run.log = ["wandb"]
+    monkeypatch.setitem(SINKS, "wandb", lambda folder, name: sink)
     run, close = sink._run, sink.close
     monkeypatch.setattr(sink, "close", lambda: None)
     assert tiny_run(Grugformer, lambda schedule: keras.optimizers.AdamW(schedule)) == 0
@@ -371,7 +382,7 @@ def test_wandb_is_given_the_same_numbers(tiny_run, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
-def test_a_logger_that_is_not_installed_is_named(name, module, monkeypatch, tmp_path):
+def test_a_logger_that_is_not_installed_is_named(name, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=f"log={name} needs: pip install .*{module}"):
-        SINKS[name](tmp_path, "a-run")
+        SINKS[name].require()

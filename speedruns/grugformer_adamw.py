@@ -1,0 +1,23 @@
+"""AdamW for every variable instead of Muon for the matrices: what does Muon buy?
+
+Command: python speedruns/grugformer_adamw.py --seed 0
+Expect:  about 2.26 bits per byte, where the starter has 2.03.
+"""
+
+from grug_keras import Grugformer
+from grug_keras.speedrun import Recipe, main
+import keras
+
+RECIPES = {"smoke": Recipe(steps=1000, batch_size=8, learning_rate=0.001)}
+
+
+def build_model(config):
+    return Grugformer(config)
+
+
+def build_optimizer(learning_rate):
+    return keras.optimizers.AdamW(learning_rate, beta_2=0.95, weight_decay=0.01)
+
+
+if __name__ == "__main__":
+    main(__file__, RECIPES, build_model, build_optimizer)

@@ -24,12 +24,18 @@ def data():
 
 
 def make_model():
+    """The same weights every time, and well-conditioned ones.
+
+    A weight that moves by one unit in its last place moves the gradients of this model by
+    at most 4e-6. With noise of 0.2 it was up to 1.6e-5, so that no backend was to blame.
+    """
+    keras.utils.set_random_seed(0)
     config = GrugConfig(61, 16, 24, 2, 4, 2, max_seq_len=16, qk_norm=True, sliding_window=6)
     model = Grugformer(config, name="grugformer")
     model.build()
     rng = np.random.default_rng(0)
     for weight in model.trainable_variables:
-        weight.assign(weight + 0.2 * rng.normal(size=weight.shape).astype("float32"))
+        weight.assign(weight + 0.05 * rng.normal(size=weight.shape).astype("float32"))
     return model
 
 

@@ -18,8 +18,8 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 import click
 from grug_keras import GrugConfig
-from grug_keras.cli import load_speedrun
 from grug_keras.data import TokenBatches, load_data
+from grug_keras.experiments.scripts import load_speedrun
 from grug_keras.interrupt import StopOnInterrupt
 from grug_keras.metrics import Meter
 import jax

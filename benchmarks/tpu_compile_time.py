@@ -15,8 +15,8 @@ os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
 
 import click
 from grug_keras import GrugConfig
-from grug_keras.cli import load_speedrun
 from grug_keras.compile_report import compile_report
+from grug_keras.experiments.scripts import load_speedrun
 import jax
 import keras
 

@@ -10,7 +10,7 @@ import numpy as np
 class CausalSelfAttention(GrugLayer):
     """Grouped-query self-attention with rotary positions and optional QK-norm.
 
-    To try another attention, subclass it and override `attend`.
+    To try another attention, subclass it and override `attend`, or `heads`.
 
     Args:
         config: `GrugConfig`.
@@ -51,6 +51,20 @@ class CausalSelfAttention(GrugLayer):
             self.k_norm.build((*input_shape[:-1], self.num_kv_heads, self.head_dim))
 
     def call(self, x, positions=None, attention_mask=None):
+        out = self.heads(x, positions, attention_mask)
+        rows = keras.ops.reshape(out, (-1, self.num_heads * self.head_dim))
+        return keras.ops.reshape(self.o_proj(rows), keras.ops.shape(x))
+
+    def heads(self, x, positions, attention_mask):
+        """What every head reads, before it is projected; the place to try a gate.
+
+        Args:
+            x: float tensor `(B, S, D)`.
+            positions, attention_mask: as of a call.
+
+        Returns:
+            Float tensor `(B, S, N, H)`.
+        """
         B, S, D = keras.ops.shape(x)
         mask = attention_mask
         if mask is None:
@@ -63,8 +77,7 @@ class CausalSelfAttention(GrugLayer):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.rotate(q, k, positions, mask)
-        out = keras.ops.reshape(self.attend(q, k, v, mask), (-1, self.num_heads * self.head_dim))
-        return keras.ops.reshape(self.o_proj(out), (B, S, D))
+        return self.attend(q, k, v, mask)
 
     def rotate(self, q, k, positions, mask):
         """Applies rotary positions; by default they count from 0 in each document."""

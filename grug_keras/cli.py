@@ -1,8 +1,9 @@
 """The command `grug`: what is about experiments and not in one."""
 
-import importlib.util
+import functools
 import json
 import pathlib
+import subprocess
 import sys
 
 import click
@@ -40,11 +41,15 @@ def compile_command(speedrun, topology, size, batch, seq_len, vocab_size, mesh, 
     restart_with("jax")
     from grug_keras.compile_report import as_text, compile_report
     from grug_keras.config import PRESETS
+    from grug_keras.experiments.scripts import load_speedrun
     import jax
     import keras
 
     jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
-    script = load_speedrun(speedrun)
+    try:
+        script = load_speedrun(speedrun)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
     size = size or next(iter(script.RECIPES))
     if size not in script.RECIPES:
         raise click.ClickException(f"--size {size}: {speedrun} has {', '.join(script.RECIPES)}")
@@ -126,25 +131,226 @@ def plot_command(runs, out):
         raise click.ClickException(str(error)) from error
 
 
-def load_speedrun(path):
-    """A speedrun script as a module, without running it.
+def refuses(command):
+    """What a command refuses is a line, not a traceback."""
 
-    Args:
-        path: `pathlib.Path`.
+    @functools.wraps(command)
+    def wrapped(*arguments, **options):
+        try:
+            return command(*arguments, **options)
+        except (ValueError, OSError) as error:
+            raise click.ClickException(str(error)) from error
 
-    Raises:
-        click.ClickException: if it does not follow the frame of the starter.
-    """
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    missing = {"RECIPES", "build_model", "build_optimizer"} - set(vars(module))
-    if missing:
-        raise click.ClickException(
-            f"{path} has no {', '.join(sorted(missing))}: see speedruns/grugformer_starter.py"
-        )
-    return module
+    return wrapped
+
+
+def repository():
+    """The checkout around the current folder."""
+    from grug_keras.experiments.repository import Repository
+
+    return Repository.find()
+
+
+def on_cpu():
+    """Leaves accelerators alone: models are only looked at."""
+    import keras
+
+    if keras.config.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+
+
+def script_of(found, name):
+    """The path of a script, given as that or as an id of the archive."""
+    from grug_keras.experiments.archive import Archive
+
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path.resolve().relative_to(found.root).as_posix()
+    entry = Archive(found).find(name)
+    if not (found.root / entry.path).is_file():
+        raise ValueError(f"{entry.id} is {entry.status}: `grug reproduce {entry.id}` runs it")
+    return entry.path
+
+
+@main.command("new")
+@click.argument("idea")
+@click.option(
+    "--bucket", required=True, metavar="attention|block|mlp|loss|optimizer", help="What it changes."
+)
+@click.option("--purpose", required=True, help="One line: what is tried, and why.")
+@refuses
+def new_command(idea, bucket, purpose):
+    """Starts an experiment: speedruns/grugformer_IDEA.py, and its entry in the archive."""
+    from grug_keras.experiments.new import new_experiment
+
+    name, path = new_experiment(repository(), idea, bucket, purpose)
+    click.echo(f"{path}: edit it, then `grug diff {name}`")
+
+
+@main.command("diff", context_settings={"show_default": True})
+@click.argument("experiment")
+@click.option("--size", show_default="the experiment's first", help="Model and recipe.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@refuses
+def diff_command(experiment, size, as_json):
+    """What EXPERIMENT, an id or a path, changes against the core: measured, not restated."""
+    from grug_keras.experiments.difference import as_text, difference
+
+    on_cpu()
+    found = repository()
+    result = difference(found.root, script_of(found, experiment), size)
+    click.echo(json.dumps(result, indent=1) if as_json else as_text(result))
+
+
+@main.command("compare", context_settings={"show_default": True, "ignore_unknown_options": True})
+@click.argument("a")
+@click.argument("b")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTIONS]")
+@click.option("--seeds", default=5, type=click.IntRange(min=1), help="Pairs of runs.")
+@click.option("--match", type=click.Choice(["tokens", "seconds"]), default="tokens", help="Of what "
+              "both train with as much.")  # fmt: skip
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    show_default="runs/A-vs-B",
+    help="Folder of the comparison. One that was interrupted goes on.",
+)
+@refuses
+def compare_command(a, b, options, seeds, match, out):
+    """Is B better than A? Ids or paths; OPTIONS go to both, as in: -- --steps 300."""
+    from grug_keras.experiments.compare import Comparison, as_text
+
+    found = repository()
+    a, b = (script_of(found, name) for name in (a, b))
+    if out is None:
+        stems = [pathlib.Path(script).stem for script in (a, b)]
+        out = found.root / "runs" / f"{stems[0]}-vs-{stems[1]}-{match}"
+    comparison = Comparison(out, a, b, root=found.root, options=options, match=match, progress=True)
+    result = comparison.run(seeds)
+    click.echo(as_text(result))
+    click.echo(f"picture, numbers and runs: {out}")
+
+
+@main.command("reproduce", context_settings={"show_default": True, "ignore_unknown_options": True})
+@click.argument("experiment")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTIONS]")
+@click.option("--out", default="runs", type=click.Path(file_okay=False), help="Run folders.")
+@refuses
+def reproduce_command(experiment, options, out):
+    """Runs EXPERIMENT again as it was recorded, deleted ones too, at its own commit."""
+    from grug_keras.experiments.reproduce import reproduce, verdict
+
+    click.echo(verdict(*reproduce(repository(), experiment, out, options)))
+
+
+@main.command("leaderboard")
+@refuses
+def leaderboard_command():
+    """Builds docs/leaderboard.md and its picture from the committed results."""
+    from grug_keras.experiments.leaderboard import write
+
+    for path in write(repository()):
+        click.echo(path)
+
+
+# Seconds, not minutes: what a change to an experiment or to the archive can break.
+FAST_TESTS = ("tests/test_archive.py", "tests/test_package.py", "tests/test_paired.py")
+
+
+@main.command("check")
+@refuses
+def check_command():
+    """The checks before a commit: lint, format, archive, fast tests."""
+    root = repository().root
+    python = [sys.executable, "-m"]
+    steps = {
+        "lint": [*python, "ruff", "check", "."],
+        "format": [*python, "ruff", "format", "--check", "."],
+        "archive": [*python, "grug_keras.cli", "archive", "check"],
+        "fast tests": [*python, "pytest", "-q", *FAST_TESTS],
+    }
+    failed = []
+    for name, command in steps.items():
+        click.echo(f"{name}: {' '.join(command[2:])}")
+        if subprocess.call(command, cwd=root):
+            failed.append(name)
+    if failed:
+        raise click.ClickException(f"failed: {', '.join(failed)}")
+
+
+@main.group("archive")
+def archive_group():
+    """The paper trail, docs/archive.md."""
+
+
+@archive_group.command("check")
+@refuses
+def archive_check_command():
+    """Does the archive agree with the scripts, with git and with the results?"""
+    from grug_keras.experiments.check import check
+
+    on_cpu()
+    problems = check(repository())
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        raise click.ClickException(f"{len(problems)} to mend")
+    click.echo("the archive is true")
+
+
+@archive_group.command("record")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
+@refuses
+def archive_record_command(folder):
+    """Takes the numbers of a run, or of a comparison, into docs/results and the archive."""
+    from grug_keras.experiments.leaderboard import write
+    from grug_keras.experiments.trail import record
+
+    found = repository()
+    for name in record(found, folder):
+        click.echo(f"docs/results/{name}.json")
+    write(found)
+
+
+@archive_group.command("fill")
+@refuses
+def archive_fill_command():
+    """Writes commits where entries say pending."""
+    from grug_keras.experiments.trail import fill
+
+    for name in fill(repository()) or ["nothing is pending"]:
+        click.echo(name)
+
+
+@archive_group.command("supersede")
+@click.argument("experiment")
+@click.option("--by", required=True, help="Id or commit of what replaces it.")
+@refuses
+def archive_supersede_command(experiment, by):
+    """Marks EXPERIMENT superseded; its script stays until it is deleted."""
+    from grug_keras.experiments.leaderboard import write
+    from grug_keras.experiments.trail import supersede
+
+    found = repository()
+    supersede(found, experiment, by)
+    write(found)
+
+
+@archive_group.command("delete")
+@click.argument("experiment")
+@click.option("--by", help="Id or commit of what replaces it.")
+@click.option("--why", help="One line for the notes.")
+@refuses
+def archive_delete_command(experiment, by, why):
+    """Removes the script of EXPERIMENT; entry and results stay, `grug reproduce` brings it back."""
+    from grug_keras.experiments.leaderboard import write
+    from grug_keras.experiments.trail import delete
+
+    found = repository()
+    delete(found, experiment, by, why)
+    write(found)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def generate(model, tokenizer, prompt=b"", *, length=200, temperature=0.8, seed=
     def next_token(tokens, cache, index):
         hidden = keras.ops.take(model(tokens), index - 1, axis=1)
         # ids past the tokenizer's pad the head to a round size and mean nothing
-        logits = model.lm_head(hidden)[:, : tokenizer.vocab_size]
+        logits = model.head(hidden)[:, : tokenizer.vocab_size]
         return logits, hidden, cache
 
     sampler = keras_hub.samplers.TopPSampler(p=0.95, k=50, temperature=temperature, seed=seed)

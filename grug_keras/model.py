@@ -249,7 +249,18 @@ class Grugformer(keras.Model):
         Returns:
             Float tensor `(B, S, V)`.
         """
-        return self.lm_head(self(inputs))
+        return self.head(self(inputs))
+
+    def head(self, hidden):
+        """Logits of hidden states; what is done to them here, `token_mean_loss` must do as well.
+
+        Args:
+            hidden: float tensor `(..., D)`.
+
+        Returns:
+            Float tensor `(..., V)`.
+        """
+        return self.lm_head(hidden)
 
     def compile(
         self,
@@ -327,6 +338,10 @@ class Grugformer(keras.Model):
 
     def token_mean_loss(self, hidden, labels, weights):
         """The objective; the place to try another one.
+
+        Evaluation uses it too, and bits per byte are made of it: it must be the likelihood of
+        the labels under `head`. A penalty that is none, such as a z-loss, would spoil the score:
+        add it in `compute_loss` where `training` is true.
 
         Args:
             hidden: float tensor `(B, S, D)`.

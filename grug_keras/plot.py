@@ -95,6 +95,45 @@ def plot_runs(folders, path):
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
+def plot_comparison(result, curves, path):
+    """Draws the scores of every seed, pair by pair, and the losses on the way.
+
+    Args:
+        result: dict, of `experiments.compare`.
+        curves: pair of lists of curves, of A and of B.
+        path: where the picture goes.
+    """
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
+    pairs, losses = figure.subplots(1, 2, width_ratios=(1, 2))
+    sides = [result[side] for side in "ab"]
+    for scores in zip(*(side["bits_per_byte"] for side in sides), strict=True):
+        pairs.plot((0, 1), scores, color="0.6", linewidth=1, zorder=1)
+    for place, (side, color) in enumerate(zip(sides, ("tab:blue", "tab:orange"), strict=True)):
+        scores = side["bits_per_byte"]
+        pairs.scatter([place] * len(scores), scores, color=color, zorder=2)
+        where = "seconds" if result["match"] == "seconds" else "step"
+        for number, curve in enumerate(curves[place]):
+            label = f"{'AB'[place]}: {side['id']}" if number == 0 else None
+            smooth = _smooth(curve["loss"])
+            losses.plot(curve[where], smooth, color=color, linewidth=0.9, label=label)
+    pairs.set_xticks((0, 1), labels=("A", "B"))
+    pairs.set_xlim(-0.3, 1.3)
+    pairs.set_ylabel("bits per byte (validation)")
+    pairs.grid(alpha=0.3, axis="y")
+    pairs.set_title(f"B - A: {result['bits_per_byte']['difference']:+.4f}", fontsize=10)
+    losses.set_xlabel("training seconds" if where == "seconds" else "step")
+    late = [y for line in losses.lines for y in line.get_ydata()[len(line.get_ydata()) // 20 :]]
+    losses.set_ylim(min(late) - 0.02 * (max(late) - min(late)), max(late))
+    losses.set_title(
+        f"{result['bits_per_byte']['verdict']}, at equal {result['match']}", fontsize=10
+    )
+    _finish(losses)
+    losses.set_ylabel("training loss, smoothed (nats per token)")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
 def _labels(folders):
     """The shortest ends of the paths that tell them apart."""
     names = [pathlib.Path(folder).resolve().parts for folder in folders]

@@ -1,6 +1,7 @@
 """The record of a run: what ran, on what, from which commit; written whole or not at all."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -54,6 +55,25 @@ def write_json(path, record):
     """Writes a record as JSON, whole or not at all."""
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def seal(record):
+    """The record with a checksum of all it says, as `sha256`, its last entry.
+
+    It keeps nobody from lying; it shows that a number was changed by hand, or a file merged badly.
+    """
+    record = {name: value for name, value in record.items() if name != "sha256"}
+    return {**record, "sha256": _checksum(record)}
+
+
+def is_sealed(record):
+    """Whether a record says what it said when it was sealed."""
+    return record.get("sha256") == _checksum({k: v for k, v in record.items() if k != "sha256"})
+
+
+def _checksum(record):
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def git_state(folder):

@@ -25,6 +25,7 @@ from grug_keras.results import (
     device,
     git_state,
     new_run_dir,
+    seal,
     versions,
     write_atomically,
     write_json,
@@ -172,7 +173,7 @@ class Speedrun:
         return self._report(record, checkpoints)
 
     def _save(self, record):
-        write_json(self.folder / "results.json", record)
+        write_json(self.folder / "results.json", seal(record))
 
     def _describe(self, model):
         """Everything known before training; figures that come later are null until then."""
@@ -180,7 +181,7 @@ class Speedrun:
         total = model.count_params()
         tables = (model.token_embedding, model.lm_head)
         return {
-            "schema": 2,
+            "schema": 3,
             "id": self.folder.name,
             "experiment": self.script.stem,
             "status": "running",

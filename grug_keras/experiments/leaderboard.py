@@ -1,0 +1,168 @@
+"""The leaderboard, built from the committed results alone."""
+
+import math
+import statistics
+
+from grug_keras.experiments.archive import Archive
+from grug_keras.experiments.recorded import RESULTS, Recorded, spread
+from grug_keras.results import write_atomically
+
+PAGE, PICTURE = "docs/leaderboard.md", "docs/leaderboard.png"
+_HEAD = f"""# Leaderboard
+
+Made by `grug leaderboard` from `{RESULTS}/`, never by hand. Runs are compared only where they
+were given the same text and the same tokenizer; each such group has a table. Bits per byte are of
+the validation slice, mean ± standard deviation over n seeds. FLOPs are those of the whole
+training, by the convention in the results. Times are of the machine that the row names.
+"""
+
+
+def rows(repository):
+    """The rows of all tables.
+
+    Args:
+        repository: `Repository`.
+
+    Returns:
+        dict of `(text, tokenizer)` -> list of dicts, the best first. A row without a number has
+        None there, and one without bits per byte has no rank and comes last.
+    """
+    tables = {}
+    for entry in Archive(repository).entries.values():
+        for runs in Recorded(repository.root, entry.id).groups():
+            row = _row(entry, runs)
+            data, tokenizer = runs[-1]["data"], runs[-1]["tokenizer"]
+            key = (f"{data['name']} {data['sha256'][:12]}",
+                   f"{tokenizer['name']} {(tokenizer['sha256'] or '')[:12]}".strip())  # fmt: skip
+            tables.setdefault(key, []).append(row)
+    for table in tables.values():
+        table.sort(key=lambda row: (row["bits"] is None, row["bits"] or 0, row["experiment"]))
+        for rank, row in enumerate((r for r in table if r["bits"] is not None), 1):
+            row["rank"] = rank
+    return dict(sorted(tables.items()))
+
+
+def _row(entry, runs):
+    def mean(name):
+        values = [run[name] for run in runs]
+        known = all(value is not None and math.isfinite(value) for value in values)
+        return statistics.mean(values) if known else None
+
+    last = runs[-1]
+    flops = last["flops_per_token"] and last["tokens"] and last["flops_per_token"] * last["tokens"]
+    known = mean("bits_per_byte") is not None
+    return {
+        "rank": None,
+        "experiment": entry.id,
+        "bucket": entry.fields["Bucket"],
+        "status": entry.status,
+        "bits": mean("bits_per_byte"),
+        "spread": spread([run["bits_per_byte"] for run in runs]) if known else None,
+        "n": len(runs),
+        "size": last["size"],
+        "steps": last["steps"],
+        "tokens": last["tokens"],
+        "flops": flops,
+        "seconds": mean("seconds"),
+        "tokens_per_second": mean("tokens_per_second"),
+        "mfu": mean("mfu"),
+        "hardware": f"{last['device']['count']} x {last['device']['kind']}"
+        + (f", {last['device']['cpu_cores']} cores" if last["device"]["kind"] == "cpu" else ""),
+        "backend": last["backend"],
+        "commit": last["commit"][:10],
+        "date": last["started"][:10],
+    }
+
+
+def page(repository):
+    """The leaderboard as Markdown."""
+    parts = [_HEAD]
+    tables = rows(repository)
+    if not tables:
+        parts.append("Nothing is recorded yet: `grug archive record` a run.\n")
+    else:
+        parts.append("![Loss against FLOPs, with the Pareto front](leaderboard.png)\n")
+    for (data, tokenizer), table in tables.items():
+        parts.append(f"## {data}, tokens of {tokenizer}\n\n" + _table(table))
+    return "\n".join(parts)
+
+
+_COLUMNS = {
+    "#": lambda r: r["rank"],
+    "experiment": lambda r: (
+        r["experiment"] + ("" if r["status"] == "active" else f" ({r['status']})")
+    ),
+    "bucket": lambda r: r["bucket"],
+    "bits per byte": lambda r: r["spread"],
+    "n": lambda r: r["n"],
+    "size": lambda r: r["size"],
+    "steps": lambda r: r["steps"] and f"{r['steps']:,}",
+    "tokens": lambda r: r["tokens"] and f"{r['tokens'] / 1e6:.3g}M",
+    "FLOPs": lambda r: r["flops"] and f"{r['flops']:.3g}",
+    "seconds": lambda r: r["seconds"] and f"{r['seconds']:.0f}",
+    "tokens/s": lambda r: r["tokens_per_second"] and f"{r['tokens_per_second']:,.0f}",
+    "MFU": lambda r: r["mfu"] and f"{r['mfu']:.1%}",
+    "hardware": lambda r: f"{r['hardware']}, {r['backend']}",
+    "commit": lambda r: r["commit"],
+    "date": lambda r: r["date"],
+}
+
+
+def _table(table):
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    for row in table:
+        cells = (cell(row) for cell in _COLUMNS.values())
+        lines.append("| " + " | ".join("-" if c is None else str(c) for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def pareto(points):
+    """Those points that no other one beats in cost and score; lower is better in both.
+
+    Args:
+        points: list of `(cost, score)`.
+
+    Returns:
+        list of them, by cost.
+    """
+    front = []
+    for cost, score in sorted(set(points)):
+        if not front or score < front[-1][1]:
+            front.append((cost, score))
+    return front
+
+
+def write(repository):
+    """Writes page and picture; returns their paths."""
+    text = page(repository)
+    paths = [repository.root / PAGE, repository.root / PICTURE]
+    tables = rows(repository)
+    if tables:
+        _draw(tables, paths[1])
+    write_atomically(paths[0], lambda path: path.write_text(text, encoding="utf-8"))
+    return paths if tables else paths[:1]
+
+
+def _draw(tables, path):
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(8, 4.6 * len(tables)), layout="constrained")
+    panels = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
+    for axes, ((data, tokenizer), table) in zip(panels, tables.items(), strict=True):
+        known = [row for row in table if row["bits"] is not None and row["flops"]]
+        for row in known:
+            axes.plot(row["flops"], row["bits"], "o", markersize=5, label=_label(row))
+        front = pareto([(row["flops"], row["bits"]) for row in known])
+        axes.plot(*zip(*front, strict=True), color="0.4", linewidth=1, linestyle="--", zorder=0,
+                  label="Pareto front")  # fmt: skip
+        axes.set_xlabel("FLOPs of the training")
+        axes.set_ylabel("bits per byte (validation)")
+        axes.set_title(f"{data}, tokens of {tokenizer}", fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def _label(row):
+    what = f"{row['experiment']}, {row['size']}, {row['steps']:,} steps"
+    return f"{row['rank']}. {what} (n = {row['n']})"

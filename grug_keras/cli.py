@@ -256,7 +256,7 @@ def leaderboard_command():
 
 
 # Seconds, not minutes: what a change to an experiment or to the archive can break.
-FAST_TESTS = ("tests/test_archive.py", "tests/test_package.py", "tests/test_paired.py")
+FAST_TESTS = tuple(f"tests/test_{name}.py" for name in ("archive", "compare", "package", "paired"))
 
 
 @main.command("check")
@@ -264,7 +264,7 @@ FAST_TESTS = ("tests/test_archive.py", "tests/test_package.py", "tests/test_pair
 def check_command():
     """The checks before a commit: lint, format, archive, fast tests."""
     root = repository().root
-    python = [sys.executable, "-m"]
+    python = [sys.executable, "-P", "-m"]  # the package, not what lies in the folder
     steps = {
         "lint": [*python, "ruff", "check", "."],
         "format": [*python, "ruff", "format", "--check", "."],
@@ -273,7 +273,7 @@ def check_command():
     }
     failed = []
     for name, command in steps.items():
-        click.echo(f"{name}: {' '.join(command[2:])}")
+        click.echo(f"{name}: {' '.join(command[3:])}")
         if subprocess.call(command, cwd=root):
             failed.append(name)
     if failed:

@@ -29,6 +29,7 @@ SUITE = [
     "test_resume.py",
     "test_roles.py",
     "test_sharding.py",
+    "test_speedruns.py",
     "test_stack.py",
 ]
 

@@ -41,7 +41,7 @@ class Walker:
         programs = folder / "bin"
         programs.mkdir()
         for name, module in (("python", ""), ("grug", " -m grug_keras.cli")):
-            (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{module} "$@"\n')
+            (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -P{module} "$@"\n')
             (programs / name).chmod(0o755)
         identity = {f"GIT_{who}_{what}": "grug" for who in ("AUTHOR", "COMMITTER")
                     for what in ("NAME", "EMAIL")}  # fmt: skip

@@ -4,6 +4,7 @@ On JAX Orbax writes them, each device its own part, while the training goes on; 
 PyTorch they are NumPy files. Both are a folder per step with the same manifest.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -55,6 +56,7 @@ class Checkpoints:
         Returns:
             bool, whether nothing is known to have failed.
         """
+        self.finish()  # what went wrong with the one before is not this one's fault
         variables = state_variables(model)
         values = [_value(variable) for variable in variables.values()]
         manifest = {
@@ -233,6 +235,8 @@ class _Orbax:
         def loss(metrics):
             return metrics["loss"]
 
+        _put_aside_unreadable(folder)
+
         self._manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
@@ -319,8 +323,12 @@ class _Files:
         self._delete_old()
 
     def _delete_old(self):
-        steps = sorted(self.steps())
-        losses = {step: self.manifest(step)["loss"] for step in steps}
+        steps, losses = sorted(self.steps()), {}
+        for step in steps:
+            with contextlib.suppress(
+                ValueError, KeyError, OSError
+            ):  # a damaged one is not the best
+                losses[step] = self.manifest(step)["loss"]
         losses = {step: loss for step, loss in losses.items() if loss is not None}
         best = min(losses, key=losses.get) if losses else None
         for step in steps[: -self.keep]:
@@ -345,6 +353,20 @@ class _Files:
                 .reshape(variable.shape)
                 for number, variable in enumerate(variables)
             ]
+
+
+def _put_aside_unreadable(folder):
+    """Orbax reads the losses of all steps at once, and could not begin with a damaged one."""
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            step = path.parent.parent
+            logger.warning("checkpoint of step %s is skipped: %s: %s", step.name, path, error)
+            aside = folder / f"damaged-{step.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another process of the run has
+                os.replace(step, aside)
 
 
 def _line(error):

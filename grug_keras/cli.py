@@ -29,6 +29,7 @@ def main():
     help="Keras policy.",
 )
 @click.option("--remat/--no-remat", default=None, show_default="the size's", help="As in training.")
+@click.option("--accumulate", type=click.IntRange(min=1), help="As in training; the recipe's.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compile_command(speedrun, topology, size, batch, seq_len, vocab_size, mesh, dtype, **options):
     """Compiles the training step of SPEEDRUN for TPUs that are not here: does it fit, how fast?
@@ -62,7 +63,8 @@ def compile_command(speedrun, topology, size, batch, seq_len, vocab_size, mesh, 
 
     def build():
         model = script.build_model(config)
-        model.compile(script.build_optimizer(schedule), accumulate=recipe.accumulate)
+        accumulate = options["accumulate"] or recipe.accumulate
+        model.compile(script.build_optimizer(schedule), accumulate=accumulate)
         return model
 
     try:
@@ -169,9 +171,14 @@ def script_of(found, name):
     if path.is_file():
         return path.resolve().relative_to(found.root).as_posix()
     entry = Archive(found).find(name)
+    if entry.path is None:
+        raise ValueError(f"{entry.id} has no Path: correct the entry")
     if not (found.root / entry.path).is_file():
         raise ValueError(f"{entry.id} is {entry.status}: `grug reproduce {entry.id}` runs it")
     return entry.path
+
+
+PURPOSE = "To be written: what is tried, and why."
 
 
 @main.command("new")
@@ -179,7 +186,7 @@ def script_of(found, name):
 @click.option(
     "--bucket", required=True, metavar="attention|block|mlp|loss|optimizer", help="What it changes."
 )
-@click.option("--purpose", required=True, help="One line: what is tried, and why.")
+@click.option("--purpose", default=PURPOSE, help="One line: what is tried, and why.")
 @refuses
 def new_command(idea, bucket, purpose):
     """Starts an experiment: speedruns/grugformer_IDEA.py, and its entry in the archive."""
@@ -263,7 +270,8 @@ FAST_TESTS = tuple(f"tests/test_{name}.py" for name in ("archive", "compare", "p
 @refuses
 def check_command():
     """The checks before a commit: lint, format, archive, fast tests."""
-    root = repository().root
+    found = repository()
+    root = found.root
     python = [sys.executable, "-P", "-m"]  # the package, not what lies in the folder
     steps = {
         "lint": [*python, "ruff", "check", "."],
@@ -271,6 +279,11 @@ def check_command():
         "archive": [*python, "grug_keras.cli", "archive", "check"],
         "fast tests": [*python, "pytest", "-q", *FAST_TESTS],
     }
+    scripts = [path for path in found.changed() if path.startswith("speedruns/")]
+    if scripts:  # what every script must do, of those that no commit has
+        names = " or ".join(pathlib.Path(path).stem for path in scripts)
+        contract = [*python, "pytest", "-q", "tests/test_speedruns.py", "-k", names]
+        steps["contract"] = contract
     failed = []
     for name, command in steps.items():
         click.echo(f"{name}: {' '.join(command[3:])}")
@@ -320,8 +333,13 @@ def archive_fill_command():
     """Writes commits where entries say pending."""
     from grug_keras.experiments.trail import fill
 
-    for name in fill(repository()) or ["nothing is pending"]:
+    filled, left = fill(repository())
+    for name in filled:
         click.echo(name)
+    for name in left:
+        click.echo(f"{name} is still pending: commit its script first")
+    if not filled + left:
+        click.echo("nothing is pending")
 
 
 @archive_group.command("supersede")

@@ -58,6 +58,7 @@ def _describe(step, topology, batch_size, seq_len):
     model, chip = step.model, tpu.CHIPS[topology.partition(":")[0]]
     mesh = sharding.describe()
     return {
+        "estimate": CALIBRATION,
         "topology": topology,
         "devices": mesh["data"] * mesh["model"],
         "mesh": {axis: mesh[axis] for axis in sharding.AXES},

@@ -25,7 +25,7 @@ def peak_flops(device):
     """Peak of all devices of a run, or None where it is not known.
 
     Args:
-        device: dict with `kind` and `count`, see `results.device`.
+        device: dict with `kind` and `count`, of those that train; see `results.device`.
     """
     names = [name for name in _PEAKS if device["kind"].startswith(name)]
     return _PEAKS[max(names, key=len)] * device["count"] if names else None

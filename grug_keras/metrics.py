@@ -1,6 +1,6 @@
 """What is measured while a model trains: one row a step, without waiting for the device."""
 
-import csv
+import logging
 import math
 import os
 import pathlib
@@ -12,15 +12,21 @@ from grug_keras.results import write_atomically
 from grug_keras.sharding import process
 import keras
 
-COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "gradient_norm", "ms", "mfu")
+COLUMNS = (
+    "step", "tokens", "seconds", "loss", "learning_rate", "gradient_norm", "ms",
+    "tokens_per_second", "mfu",
+)  # fmt: skip
+_SECONDS_A_LINE = 0.5  # on a terminal, where one line is written over and over
+logger = logging.getLogger("grug_keras.metrics")
 
 
 class Meter(keras.callbacks.Callback):
-    """Writes one CSV row a step, and prints a line now and then where there is no terminal.
+    """Writes one CSV row a step, and prints a line now and then; on a terminal the same one.
 
     Where Keras can (JAX and TensorFlow), it is called from threads that wait for the numbers
     of a step, while the training goes on; so the time of a row is that at which its step was
-    done. Stops the training at the first loss that is not finite.
+    done. Stops the training at the first loss that is not finite. Rows that a full disk does not
+    take wait for the next `flush`.
 
     Args:
         path: the CSV file. Rows that it has up to `first_step` stay.
@@ -69,9 +75,11 @@ class Meter(keras.callbacks.Callback):
         self.compile_seconds, self.last_loss, self.bad_step = None, None, None
         self._lock, self._arrived, self._first = threading.Lock(), {}, first_step
         self._timed_steps, self._timed_seconds = 0, 0.0
-        keep_rows(self.path, first_step if process()[0] == 0 else 0)
-        self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
-        self._csv = csv.writer(self._file)
+        rows = keep_rows(self.path, first_step if process()[0] == 0 else 0)
+        if rows:  # a run that has nothing left to train has a last loss all the same
+            self.last_loss = float(rows[-1].split(",")[COLUMNS.index("loss")])
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._waiting, self._full, self._printed = bytearray(), False, 0.0
 
     def on_train_begin(self, logs=None):
         self._first = self.steps_done
@@ -102,24 +110,48 @@ class Meter(keras.callbacks.Callback):
             "learning_rate": self.schedule.at(step),
             "gradient_norm": logs.get("gradient_norm"),
             "ms": 1e3 * took,
+            "tokens_per_second": self.tokens_per_step / took if took else None,
             "mfu": mfu,
         }
         tokens = self.steps_done * self.tokens_per_step
         # 9 digits are enough to tell any two float32 numbers apart.
-        cells = ["" if value is None else f"{value:.9g}" for value in values.values()]
-        self._csv.writerow(
-            [self.steps_done, tokens, f"{self.train_seconds:.3f}", *cells[:3], f"{1e3 * took:.3f}",
-             "" if mfu is None else f"{mfu:.4f}"]
-        )  # fmt: skip
+        formats = (".9g", ".9g", ".9g", ".3f", ".0f", ".4f")
+        cells = [
+            "" if value is None else format(value, how)
+            for value, how in zip(values.values(), formats, strict=True)
+        ]
+        row = ",".join([str(self.steps_done), str(tokens), f"{self.train_seconds:.3f}", *cells])
+        self._waiting += f"{row}\r\n".encode()
         for sink in self.sinks:
             sink.log(self.steps_done, {k: v for k, v in values.items() if v is not None})
         if self.bad_step is None and not math.isfinite(self.last_loss):
             self.bad_step = step
-            self._model.stop_training = True  # `self.model` would copy the weights back
-        if self.steps_done % self.report_every == 0:
-            self._file.flush()
-            if not sys.stdout.isatty():
-                print(self._line(), flush=True)
+            if (
+                process()[1] == 1
+            ):  # several would not stop after the same step; they go on to the end
+                self._model.stop_training = True  # `self.model` would copy the weights back
+        due = self.steps_done % self.report_every == 0
+        if due:
+            self._write()
+        if sys.stdout.isatty():
+            if due or now - self._printed > _SECONDS_A_LINE:
+                self._printed = now
+                print(f"\r{self._line()}\x1b[K", end="\n" if due else "", flush=True)
+        elif due:
+            print(self._line(), flush=True)
+
+    def _write(self):
+        """Puts the waiting rows into the file; returns whether all of them are there."""
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError as error:
+            if not self._full:
+                logger.warning("rows of %s wait in memory: %s", self.path, error)
+            self._full = True
+            return False
+        self._full = False
+        return True
 
     def _line(self):
         parts = [
@@ -156,20 +188,29 @@ class Meter(keras.callbacks.Callback):
             "seconds": round(self.train_seconds, 2),
             "compile_seconds": self.compile_seconds and round(self.compile_seconds, 2),
             "ms_per_step": round(1e3 * self._timed_seconds / timed, 3) if timed else None,
-            "tokens_per_second": round(self.tokens_per_second),
+            "tokens_per_second": round(self.tokens_per_second) if timed else None,
             "mfu": mfu and round(mfu, 4),
             "train_loss": self.last_loss if finite else None,
         }
 
     def flush(self):
-        """Puts the rows on disk: before a checkpoint says that they are there."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Puts the rows on disk, before a checkpoint says that they are there.
+
+        Returns:
+            bool, whether they are.
+        """
+        with self._lock:
+            if self._write():
+                os.fsync(self._file.fileno())
+                return True
+            return False
 
     def close(self):
         """Closes the file; `fit` does not call `on_train_end` when it is interrupted."""
         with self._lock:
-            self._file.close()
+            if not self._file.closed:
+                self._write()
+                self._file.close()
 
 
 def keep_rows(path, steps):
@@ -177,6 +218,9 @@ def keep_rows(path, steps):
 
     Raises:
         ValueError: if one of them is not there.
+
+    Returns:
+        list of str, the rows.
     """
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = lines[1 : steps + 1]
@@ -184,6 +228,7 @@ def keep_rows(path, steps):
         raise ValueError(f"{path} has no row for each of the first {steps} steps")
     text = "\r\n".join([",".join(COLUMNS), *kept, ""])
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8", newline=""))
+    return kept
 
 
 def peak_memory():

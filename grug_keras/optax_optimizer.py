@@ -118,12 +118,16 @@ class OptaxOptimizer(keras.optimizers.Optimizer):
         return OptaxOptimizer(self._transformation, name=self.name)
 
     def get_config(self):
+        # A mask or another function has no place in a file.
+        saved = not any(callable(value) and not _is_schedule(value)
+                        for value in self._arguments.values())  # fmt: skip
         return {
             "name": self.name,
-            "transformation": self._named,
+            "transformation": self._named if saved else None,
             "arguments": {
                 name: keras.saving.serialize_keras_object(value)
                 for name, value in self._arguments.items()
+                if saved
             },
         }
 
@@ -131,15 +135,20 @@ class OptaxOptimizer(keras.optimizers.Optimizer):
     def from_config(cls, config, custom_objects=None):
         if config["transformation"] is None:
             raise ValueError(
-                "a saved OptaxOptimizer of a transformation given as an object cannot be loaded: "
-                "load the model with compile=False and compile it again, or name the "
-                "transformation, as in OptaxOptimizer('adamw', {'learning_rate': 1e-3})"
+                "a saved OptaxOptimizer of a transformation given as an object, or with a function "
+                "among its arguments, cannot be loaded: load the model with compile=False and "
+                "compile it again, or name the transformation, as in "
+                "OptaxOptimizer('adamw', {'learning_rate': 1e-3})"
             )
         arguments = {
             name: keras.saving.deserialize_keras_object(value, custom_objects)
             for name, value in config["arguments"].items()
         }
         return cls(config["transformation"], arguments, name=config["name"])
+
+
+def _is_schedule(value):
+    return isinstance(value, keras.optimizers.schedules.LearningRateSchedule)
 
 
 def _named(name):

@@ -77,7 +77,12 @@ def _checksum(record):
 
 
 def git_state(folder):
-    """Returns `(commit, dirty)` of the checkout that holds `folder`, or `(None, None)`."""
+    """The commit that a run of a script in `folder` belongs to.
+
+    Returns:
+        `(commit, dirty)` of the checkout, or `(None, None)`. It is dirty if files other than
+        documents differ from the commit, or if the package that is imported is another one's.
+    """
 
     def git(*arguments):
         return subprocess.run(
@@ -85,9 +90,29 @@ def git_state(folder):
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        commit, top = git("rev-parse", "HEAD"), pathlib.Path(git("rev-parse", "--show-toplevel"))
+        # The first line loses the blank that it may start with.
+        paths = [line.split(maxsplit=1)[1] for line in git("status", "--porcelain").splitlines()]
     except (OSError, subprocess.CalledProcessError):
         return None, None
+    changed = [path for path in paths if not path.strip('"').startswith("docs/")]
+    return commit, bool(changed) or not _is_imported(top)
+
+
+def _is_imported(top):
+    """Whether the core that runs is that of a checkout, file by file; others have no say."""
+    from grug_keras import ops
+
+    package = pathlib.Path(__file__).parent
+    for theirs, ours in (
+        (top / "grug_keras", package),
+        (top / "ops", pathlib.Path(ops.__path__[0])),
+    ):
+        for path in theirs.rglob("*.py") if theirs.resolve() != ours.resolve() else ():
+            here = ours / path.relative_to(theirs)
+            if not here.is_file() or here.read_bytes() != path.read_bytes():
+                return False
+    return True
 
 
 def versions():

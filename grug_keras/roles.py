@@ -47,15 +47,13 @@ def table(model):
     rule = getattr(model.optimizer, "rule_of", lambda _: type(model.optimizer).__name__)
     known = getattr(model.optimizer, "roles", None)
     for variable in model.trainable_variables:
-        role = role_of(variable, known) or "other"
-        count, size, _ = rows.get(role, (0, 0, None))
+        key = (role_of(variable, known) or "other", rule(variable))
+        count, size = rows.get(key, (0, 0))
         elements = 1
         for length in variable.shape:
             elements *= length
-        rows[role] = (count + 1, size + elements, rule(variable))
+        rows[key] = (count + 1, size + elements)
     lines = [f"{'role':10} {'variables':>9} {'parameters':>13}  optimizer"]
-    for role in ROLES:
-        if role in rows:
-            count, size, name = rows[role]
-            lines.append(f"{role:10} {count:9,} {size:13,}  {name}")
+    for (role, name), (count, size) in sorted(rows.items(), key=lambda row: ROLES.index(row[0][0])):
+        lines.append(f"{role:10} {count:9,} {size:13,}  {name}")
     return "\n".join(lines)

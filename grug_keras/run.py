@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import logging
 import math
 import pathlib
 import shlex
@@ -30,15 +31,15 @@ from grug_keras.results import (
     write_atomically,
     write_json,
 )
+from grug_keras.resume import check_same, find_run, lock
 from grug_keras.roles import table
 import keras
 import numpy as np
 
+logger = logging.getLogger("grug_keras.run")
+
 VALIDATION_BYTES = 2**18
 EXIT_INTERRUPTED, EXIT_DIVERGED = 130, 1
-# What a run that goes on must share with the one that began.
-_IDENTITY = ("experiment", "size", "seed", "recipe", "packing", "tokenizer", "data", "config",
-             "block_class", "optimizer", "optimizer_config", "dtype", "backend")  # fmt: skip
 
 
 class Speedrun:
@@ -81,7 +82,7 @@ class Speedrun:
     ):
         self.script, self.size, self.recipe, self.seed = pathlib.Path(script), size, recipe, seed
         self.packing = packing
-        began = find_run(out, self.script.stem, resume)
+        began = find_run(out, self.script.stem, resume, size, seed)
         kept = began and began / "tokenizer.json"
         if kept and kept.exists():  # a BPE is not trained again
             tokenizer = str(kept)
@@ -92,7 +93,7 @@ class Speedrun:
             "bos_id": self.tokenizer.bos_id,
             "seq_len": self.config.max_seq_len,
             "batch_size": recipe.batch_size,
-            "rows": sharding.rows(recipe.batch_size),
+            "rows": sharding.rows(recipe.batch_size, recipe.accumulate),
         }
         self.train_batches = TokenBatches(
             self.data.train, steps=recipe.steps, seed=seed, packing=packing, **window
@@ -117,7 +118,9 @@ class Speedrun:
             model.optimizer.build(model.trainable_variables)  # one that no optimizer takes
             shared = self._open()
             record = self._describe(model)
-            self._check_same(record)
+            if self.began is not None:
+                check_same(self.began, record, self.folder)
+            self.sinks = [SINKS[name](self.folder / name, self.folder.name) for name in self.log]
             checkpoints = Checkpoints(shared / "checkpoints", keep=self.recipe.keep)
         with contextlib.closing(checkpoints):
             return self._run(model, record, checkpoints, begin)
@@ -130,8 +133,7 @@ class Speedrun:
         if self.folder is None:
             name = f"{self.script.stem}-{self.size}-seed{self.seed}"
             self.folder = new_run_dir(self.out, name)
-        self.lock = _lock(self.folder)
-        self.sinks = [SINKS[name](self.folder / name, self.folder.name) for name in self.log]
+        self.lock = lock(self.folder)
         return pathlib.Path(sharding.agree(str(self.folder.resolve())))
 
     def _run(self, model, record, checkpoints, begin):
@@ -141,6 +143,8 @@ class Speedrun:
         if self.began is not None:
             record["started"] = self.began["started"]
             record["resumed"] = [*self.began.get("resumed", []), step]
+            if self.began["dirty"] or self.began["commit"] != record["commit"]:
+                record["dirty"] = True  # no one commit has made it
         record.update(notes.get("record", {}))
         self.tokenizer.save(self.folder)
         self._save(record)
@@ -159,11 +163,10 @@ class Speedrun:
             record["finished"] = _now()
             record["total_seconds"] = round(time.perf_counter() - begin, 1)
             record["peak_memory_bytes"] = peak_memory()
-            self._save(record)
             for sink in self.sinks:
                 sink.close()
-            if self.lock is not None:
-                self.lock.release()
+            self._save_if_there_is_room(record)
+            self.lock.release()
         plot_curve(
             self.folder / "curve.csv",
             self.folder / "loss.png",
@@ -174,6 +177,12 @@ class Speedrun:
 
     def _save(self, record):
         write_json(self.folder / "results.json", seal(record))
+
+    def _save_if_there_is_room(self, record):
+        try:
+            self._save(record)
+        except OSError as error:
+            logger.warning("results.json is not written: %s", error)
 
     def _describe(self, model):
         """Everything known before training; figures that come later are null until then."""
@@ -228,24 +237,6 @@ class Speedrun:
             "sample": None,
         }
 
-    def _check_same(self, record):
-        """Raises ValueError where the run that this one goes on with was another one."""
-        if self.began is None:
-            return
-        now = json.loads(json.dumps(record))
-        for name in _IDENTITY:
-            old, new = self.began.get(name), now[name]
-            if name == "tokenizer":  # one that was trained here has another name in its file
-                old, new = ({"sha256": (t or {}).get("sha256")} for t in (old, new))
-            if old != new:
-                if isinstance(old, dict) and isinstance(new, dict):
-                    key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
-                    name, old, new = f"{name}.{key}", old.get(key), new.get(key)
-                raise ValueError(
-                    f"resume: {name} is {new!r} here, but {old!r} in {self.folder}; give the "
-                    "options of that run, or start a new one"
-                )
-
     def _announce(self, model, record, step):
         data = record["data"]
         print(
@@ -261,14 +252,15 @@ class Speedrun:
 
     def _train(self, model, record, checkpoints, step, notes):
         """Trains from stop to stop; however it ends, curve, checkpoint and figures are kept."""
-        recipe, peak = self.recipe, peak_flops(record["device"])
+        recipe, mesh = self.recipe, record["mesh"]
+        used = mesh["data"] * mesh["model"] if mesh else 1
         meter = Meter(
             self.folder / "curve.csv",
             tokens_per_step=recipe.batch_size * self.config.max_seq_len,
             steps=recipe.steps,
             schedule=self.schedule,
             flops_per_token=record["flops_per_token"],
-            peak_flops=peak,
+            peak_flops=peak_flops({**record["device"], "count": used}),
             first_step=step,
             train_seconds=notes.get("train_seconds", 0.0),
             sinks=self.sinks,
@@ -280,7 +272,7 @@ class Speedrun:
                     model.fit(
                         self.train_batches.between(meter.steps_done, recipe.stop(meter.steps_done)),
                         shuffle=False,  # the batches come in their own seeded order
-                        verbose=1 if sys.stdout.isatty() else 0,
+                        verbose=0,  # the meter speaks
                         callbacks=[meter, stop],
                     )
                     if meter.bad_step is not None or not _finite(model):
@@ -307,14 +299,16 @@ class Speedrun:
                 loss = self._evaluate(model, record, meter.steps_done)
         finally:
             begin = time.perf_counter()
-            meter.flush()
             names = ("evaluations", "loss", "bits_per_byte", "evaluation_seconds")
             notes = {
                 "train_seconds": meter.train_seconds,
                 "record": {name: record[name] for name in names},
             }
-            checkpoints.save(model, meter.steps_done, notes, loss)
+            if meter.flush():  # what goes on from there needs the rows
+                checkpoints.save(model, meter.steps_done, notes, loss)
             record["checkpoint_seconds"] += round(time.perf_counter() - begin, 3)
+            if loss is not None:
+                self._save_if_there_is_room({**record, **meter.figures()})
 
     def _evaluate(self, model, record, step):
         """Loss per token and bits per byte of the validation slice."""
@@ -373,41 +367,9 @@ class Speedrun:
             f"validation: {record['bits_per_byte']:.3f} bits per byte "
             f"(loss {record['loss']:.4f}), {record['steps']} steps, "
             f"{record['tokens']:,} tokens in {record['seconds']:.0f} s, "
-            f"{record['tokens_per_second']:,} tokens/s, {record['total_seconds']:.0f} s in all"
+            f"{record['tokens_per_second'] or 0:,} tokens/s, {record['total_seconds']:.0f} s in all"
         )
         return 0
-
-
-def find_run(out, experiment, resume):
-    """The folder of a run to go on with, or None for a new one.
-
-    Args:
-        out: path of the run folders.
-        experiment: str, name of the script.
-        resume: None, path of a run folder, or `""` for the newest in `out` that is not finished.
-
-    Raises:
-        ValueError: if the path holds no run, or one that is finished.
-    """
-    if resume is None or sharding.process()[0]:
-        return None
-    if resume:
-        folder = pathlib.Path(resume)
-        if not (folder / "results.json").is_file():
-            raise ValueError(f"resume={resume!r} holds no run: it has no results.json")
-        if _status(folder) == "finished":
-            raise ValueError(f"resume={resume!r} is finished")
-        return folder
-    found = [path.parent for path in pathlib.Path(out).glob(f"{experiment}-*/results.json")]
-    found = [folder for folder in found if _status(folder) != "finished"]
-    if not found:
-        print(f"nothing to resume in {out}: a new run", flush=True)
-        return None
-    return max(found, key=lambda folder: (folder / "results.json").stat().st_mtime_ns)
-
-
-def _status(folder):
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))["status"]
 
 
 @contextlib.contextmanager
@@ -417,18 +379,6 @@ def _refusals():
         yield
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-
-
-def _lock(folder):
-    """Keeps a second process out of a run folder; a killed one leaves it open."""
-    import filelock
-
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise ValueError(f"resume: another process is training in {folder}") from None
-    return lock
 
 
 def _finite(model):

@@ -133,15 +133,19 @@ class Sharding(keras.distribution.ModelParallel):
                 f"mesh axis model={split} does not divide num_heads={model.config.num_heads}"
             )
 
-    def check_batch(self, batch_size):
-        """Checks that the data axis divides a batch.
+    def check_batch(self, batch_size, accumulate=1):
+        """Checks that the data axis divides a batch, and each of the parts that it is taken in.
 
         Raises:
             ValueError: names both.
         """
-        if batch_size % self.num_model_replicas:
+        replicas = self.num_model_replicas
+        if batch_size % replicas:
+            raise ValueError(f"batch={batch_size} is not a multiple of mesh axis data={replicas}")
+        if batch_size // accumulate % replicas:
             raise ValueError(
-                f"batch={batch_size} is not a multiple of mesh axis data={self.num_model_replicas}"
+                f"accumulate={accumulate} takes batch={batch_size} in parts of "
+                f"{batch_size // accumulate}, no multiple of mesh axis data={replicas}"
             )
 
 
@@ -351,22 +355,23 @@ def agree(text):
     return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes().rstrip(b"\0").decode()
 
 
-def rows(batch_size):
+def rows(batch_size, accumulate=1):
     """Which rows of a batch the devices of this process hold: those that it must make.
 
     Args:
         batch_size: int, B, over all processes.
+        accumulate: int, parts that the batch is taken in; the mesh splits each of them.
 
     Returns:
         int array, ascending.
 
     Raises:
-        ValueError: if the data axis does not divide the batch.
+        ValueError: if the data axis does not divide the batch, or a part of it.
     """
     distribution = keras.distribution.distribution()
     if not isinstance(distribution, Sharding):
         return np.arange(batch_size)
-    distribution.check_batch(batch_size)
+    distribution.check_batch(batch_size, accumulate)
     return _rows_of(process()[0], distribution.device_mesh.backend_mesh.devices, batch_size)
 
 

@@ -172,6 +172,11 @@ def main(script, recipes, build_model, build_optimizer, rules=None):
                 recipe = dataclasses.replace(
                     recipes[size], **{k: v for k, v in changes.items() if v is not None}
                 )
+                if not mesh and int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES", 1)) > 1:
+                    raise ValueError(
+                        "KERAS_DISTRIBUTION_NUM_PROCESSES says that there are several processes: "
+                        "give --mesh, or each of them trains by itself"
+                    )
                 if mesh:
                     keras.utils.set_random_seed(options["seed"])  # else the processes agree on one
                     sharding.initialize()

@@ -57,6 +57,7 @@ def training_step(build, batch_size, seq_len, packed=True):
 
     jax.eval_shape(make)
     (model,) = made
+    distribution.check_batch(batch_size, model.accumulate)
 
     def abstract(shape, dtype, layout):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.backend_layout)

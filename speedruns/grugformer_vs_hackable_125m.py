@@ -3,6 +3,7 @@
 It is the same function of the same weights, and starts from the same ones with the same seed;
 data, optimizer and tokens are the starter's. What differs is how it is computed: all scores, all
 logits, nothing of `ops/`. So the quality should agree, and the time says what the core is worth.
+(Under mixed_bfloat16 its logits are rounded, those of the fused loss are not.)
 
 Command: grug compare speedruns/grugformer_starter.py speedruns/grugformer_vs_hackable_125m.py
 """

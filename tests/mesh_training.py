@@ -24,11 +24,11 @@ import numpy as np
 import optax
 
 STEPS, BATCH, SEQ_LEN = 20, 8, 288  # beyond 256 positions attention runs in blocks
-CONFIG = GrugConfig(96, 32, 48, 3, 4, 2, max_seq_len=SEQ_LEN, qk_norm=True)
+CONFIG = GrugConfig(96, 32, 48, 3, 8, 2, max_seq_len=SEQ_LEN, qk_norm=True)
 LAYOUTS = {
     "DP": ("data=8", dict.fromkeys(sharding.RULES, (None, None))),
     "FSDP": ("data=8", sharding.RULES),
-    "TP": ("model=auto, data=2", sharding.RULES),
+    "TP": ("model=8", sharding.RULES),
     "FSDP x TP": ("data=4,model=2", sharding.RULES),
 }
 CASES = {  # dtype policy, remat, optimizer, parts of a batch
@@ -135,6 +135,7 @@ def errors():
             build_on, "data=8", {**rules, r".*/block_\d+/extra": ("data", None)}, block_class=Other
         ),
         "batch": message(fit_batch_of_six),
+        "parts": message(fit_parts_of_two),
     }
 
 
@@ -143,12 +144,17 @@ def fit_batch_of_six():
     sharding.rows(6)
 
 
+def fit_parts_of_two():
+    sharding.distribute("data=8")
+    sharding.rows(8, 4)
+
+
 def main():
     runs = {}
     for case, options in CASES.items():
         _, alone = train(*options)
         for layout, (mesh, rules) in LAYOUTS.items():
-            if case != "float32" and layout != "FSDP x TP":
+            if case not in ("float32", "mixed") and layout != "FSDP x TP":
                 continue
             distribution = sharding.distribute(mesh, rules)
             model, losses = train(*options)

@@ -181,14 +181,13 @@ def test_commits_must_be_of_this_history_and_hold_the_path(repository):
 def test_pending_is_allowed_while_the_path_is_new_and_no_longer(repository):
     name, path = new_experiment(repository, "late", "mlp", "Late.")
     assert problems(repository) == []
-    with pytest.raises(ValueError, match=f"{name}: no commit has {path} yet: commit it first"):
-        fill(repository)
+    assert fill(repository) == ([], [name])
     added = commit(repository.root)
     assert problems(repository) == [], "a commit cannot know its own name"
     (repository.root / "note").write_text("more")
     commit(repository.root)
     assert f"it is pending, but {path} is in an earlier commit" in problems(repository)[0]
-    assert fill(repository) == [name]
+    assert fill(repository) == ([name], [])
     assert Archive(repository).entries[name].fields["Introduced"] == added[:10]
     assert problems(repository) == []
 
@@ -248,6 +247,8 @@ def pasted():
         ("RECIPES = {", "#\n" * 150 + "RECIPES = {", "lines, 150 at most"),
         ("RECIPES = {", "RECIPES = {{", "is no Python"),
         ("def build_model", "def make_model", "has no build_model"),
+        ('if __name__ == "__main__":', "if True:", "runs when it is imported: call main under"),
+        ("import Recipe, main", "import Recipe, mane", "cannot be imported: ImportError"),
         ("Grugformer(config, bl", "Grugformer(confi, bl", "cannot be built: NameError"),
         ("learning_rate=0.02)", "learning_rate=0.03)", "changes optimizer too (recipe.learning_r"),
         ("weight_decay=0.01", "weight_decay=0.02", "changes optimizer too (optimizer.weight"),
@@ -261,7 +262,7 @@ def test_a_script_that_is_no_delta_is_refused(repository, old, new, sentence):
 
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_a_new_experiment_is_a_delta_of_its_bucket(repository, bucket):
-    name, path = new_experiment(repository, "idea_2", bucket, "An\n  idea.")
+    name, path = new_experiment(repository, "idea-2", bucket, "An\n  idea.")
     entry = Archive(repository).entries[name]
     assert (name, entry.path, entry.buckets) == ("grugformer-idea-2", path, {bucket})
     assert entry.fields["Purpose"] == "An idea."
@@ -284,6 +285,8 @@ def test_a_new_experiment_is_a_delta_of_its_bucket(repository, bucket):
         (("../sink", "mlp", "x"), "must be small letters"),
         (("sink", "mlp", "x"), "has an entry, grugformer-sink, active: choose another name"),
         (("other", "heads", "x"), "bucket='heads' is none of attention, block, mlp"),
+        (("other", "mlp", " "), "purpose='' must be a line of words"),
+        (("other", "mlp", 'a """ b'), "must be a line of words, for a docstring"),
     ],
 )
 def test_a_new_experiment_needs_a_name_and_a_bucket(repository, arguments, message):
@@ -295,6 +298,7 @@ def test_a_new_experiment_needs_a_name_and_a_bucket(repository, arguments, messa
 def test_results_are_recorded_quoted_and_sealed(repository):
     assert record(repository, run_record(repository)) == ["grugformer-sink"]
     record(repository, run_record(repository, "runs/two", seed=2, bits_per_byte=3.2))
+    record(repository, run_record(repository, "runs/again"))  # a seed counts once
     leaderboard.write(repository)
     assert problems(repository) == []
     entry = Archive(repository).entries["grugformer-sink"]
@@ -399,7 +403,6 @@ def test_a_circle_of_replacements_is_refused_when_it_is_made(repository):
 
 
 def test_a_commit_that_this_clone_has_not_is_named(repository, tmp_path):
-    first = Archive(repository).entries["grugformer-sink"].fields["Introduced"]
     record(repository, run_record(repository))
     edit(repository, "- Status: active", "- Last known-good: 1234567\n- Status: superseded")
     with pytest.raises(ValueError, match="commit 1234567 of grugformer-sink is not in this clone"):
@@ -408,7 +411,6 @@ def test_a_commit_that_this_clone_has_not_is_named(repository, tmp_path):
     found = problems(Repository(tmp_path / "shallow"))
     assert found == ["docs/archive.md:0: git: this clone leaves history out: git fetch "
                      "--unshallow, then check"]  # fmt: skip
-    assert first  # the rest of it is there
 
 
 def test_outside_of_a_checkout_it_says_so(tmp_path):

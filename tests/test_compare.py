@@ -60,7 +60,7 @@ if __name__ == "__main__":
 """
 ENTRY = """### {0}
 - Path: `speedruns/{0}.py`
-- Bucket: none
+- Bucket: {1}
 - Introduced: pending
 - Status: active
 - Purpose: It pretends.
@@ -117,6 +117,8 @@ def test_more_seeds_run_only_what_is_missing(root):
     result = compare(root).run(3)
     assert len(order(root)) == 6
     assert result["seeds"] == [0, 1, 2]
+    with pytest.raises(ValueError, match="seeds=2: .* has 3 pairs, and they count"):
+        compare(root).run(2)
     assert "one pair shows nothing" in as_text(compare(root).result(1))
     assert len(order(root)) == 6
 
@@ -150,9 +152,11 @@ def test_equal_tokens_are_other_steps_where_batches_differ(root):
 
 def test_equal_seconds_are_measured_first(root):
     write(root, "b", ms=25.0)
-    comparison = compare(root, match="seconds")
+    comparison = compare(root, match="seconds", options=["--data", "mine"])
     assert comparison.plan["steps"] == {"a": 40, "b": 16}
     assert [name for name, *_ in order(root)] == ["a", "b", "b", "a"], "calibrated in turns"
+    (tried,) = (root / "runs" / "it" / "calibration" / "a0").glob("*/results.json")
+    assert json.loads(tried.read_text())["data"]["name"] == "mine", "with the options of the runs"
     result = comparison.run(1)
     assert result["time_ratio"] == pytest.approx(1.0)
     assert result["step_time_ratio"] == pytest.approx(2.5)
@@ -201,7 +205,7 @@ def test_a_comparison_is_recorded_with_the_runs_of_both(root):
 
     git("init", "-q")
     (root / "docs").mkdir()
-    entries = "".join(ENTRY.format(name) for name in "ab")
+    entries = ENTRY.format("a", "none") + ENTRY.format("b", "mlp")
     (root / "docs" / "archive.md").write_text(f"# Archive\n\n## Experiments\n\n{entries}")
     (root / ".gitignore").write_text("runs\norder.txt\n__pycache__\n")
     command = "__import__('subprocess').getoutput('git rev-parse HEAD')"
@@ -213,13 +217,20 @@ def test_a_comparison_is_recorded_with_the_runs_of_both(root):
     repository = Repository(root)
     assert record(repository, root / "runs" / "it") == ["a", "b"]
     text = (root / "docs" / "archive.md").read_text()
-    assert "- Result: 2.000 ± " not in text
+    assert "- Result: 2.100 ± 0.100 bits per byte (3 seeds), 40 steps of smoke" in text
     assert "- Verdict: better: -0.1010 bits per byte (95% -0.1035 to -0.0985, p = " in text
     assert "3 seeds) than a at equal tokens, 1.00 times its time, 1.00 times its FLOPs" in text
     for name, comparisons in (("a", 0), ("b", 1)):
         kept = json.loads((root / "docs" / "results" / f"{name}.json").read_text())
         assert [run["seed"] for run in kept["runs"]] == [0, 1, 2]
         assert len(kept["comparisons"]) == comparisons
+    Comparison(root / "runs" / "back", "speedruns/b.py", "speedruns/a.py", root=root).run(1)
+    with pytest.raises(ValueError, match="has the baseline, a, as B"):
+        record(repository, root / "runs" / "back")
+    git("add", "-A")
+    git("commit", "-q", "-m", "Recorded")
+    with pytest.raises(ValueError, match="holds a comparison with commit .*choose another --out"):
+        compare(root)
     kept = root / "runs" / "it" / "b" / "b-seed1-40" / "results.json"
     kept.write_text(kept.read_text().replace('"seconds": 0.4', '"seconds": 0.1'))
     with pytest.raises(ValueError, match="results.json was edited"):

@@ -123,6 +123,10 @@ def test_a_named_transformation_is_saved_and_loaded_with_the_model(tmp_path):
     with pytest.raises(ValueError, match="compile=False and compile it again, or name"):
         keras.models.load_model(tmp_path / "object.keras")
     assert keras.models.load_model(tmp_path / "object.keras", compile=False).built
+    masked = {"learning_rate": 0.1, "mask": lambda parameters: dict.fromkeys(parameters, True)}
+    make(OptaxOptimizer("adamw", masked)).save(tmp_path / "masked.keras")
+    with pytest.raises(ValueError, match="a function among its arguments, cannot be loaded"):
+        keras.models.load_model(tmp_path / "masked.keras")
 
 
 @on_jax

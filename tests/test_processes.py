@@ -94,9 +94,13 @@ def alone(tmp_path_factory, text):
     return record(folder)
 
 
-@pytest.mark.parametrize(("count", "mesh"), [(2, "data=auto"), (4, "data=2,model=2")])
-def test_several_processes_train_as_one(tmp_path, text, alone, count, mesh):
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh"),
+    [(2, 1, "data=auto"), (4, 1, "data=2,model=2"), (2, 2, "data=auto")],
+)
+def test_several_processes_train_as_one(tmp_path, text, alone, count, devices, mesh, monkeypatch):
     """Weights over the network, the checkpoint whole, one run folder, one voice."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(devices))
     statuses, logs = finish(tmp_path, start(tmp_path, text, count, "--mesh", mesh, *SMALL))
     assert statuses == [0] * count, "\n".join(logs)
     run, results, losses = record(tmp_path)

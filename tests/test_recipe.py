@@ -101,8 +101,9 @@ def commands():
 
 def smaller(command):
     for large, small in SMALLER.items():
-        command = command.replace(large, small)
-    return command
+        if large in command:
+            return command.replace(large, small)
+    raise AssertionError(f"nothing is made smaller in {command}")
 
 
 def edit(path, old, new):

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 
 from grug_keras import Block, GrugConfig, Grugformer
 from grug_keras.checkpoints import Checkpoints, state_variables
+from grug_keras.resume import find_run
 from grug_keras.schedule import Trapezoid
 import keras
 import numpy as np
@@ -151,6 +153,71 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, caplog, changes, opt
     assert re.search(f"step 1 is skipped: ValueError: .*{message}", caplog.text), caplog.text
 
 
+def test_any_damaged_file_costs_its_checkpoint_at_most(tmp_path, caplog):
+    """Each file of the newest one cut in half, in turn: never an end, never half of a state."""
+    model = make()
+    checkpoints = Checkpoints(tmp_path / "c")
+    kept = {}
+    for step in (1, 2):
+        losses(model, [step])
+        checkpoints.save(model, step, {}, loss=3.0 - step)
+        checkpoints.finish()
+        kept[step] = values(model)
+    checkpoints.close()
+    files = [p for p in (tmp_path / "c" / "2").rglob("*") if p.is_file() and p.stat().st_size]
+    again, found = make(seed=9), []
+    for number, file in enumerate(files):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "c", folder)
+        damaged = folder / file.relative_to(tmp_path / "c")
+        damaged.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        checkpoints = Checkpoints(folder)
+        step, _ = checkpoints.restore(again)
+        for a, b in zip(values(again), kept[step], strict=True):
+            np.testing.assert_array_equal(a, b)
+        found.append(step)
+        assert step == 2 or "checkpoint of step 2 is skipped" in caplog.text, file
+        assert checkpoints.save(again, 3, {}, loss=0.5), f"{file} is no reason to save no more"
+        assert checkpoints.finish()
+        assert checkpoints.steps()[-1] == 3
+        checkpoints.close()
+        caplog.clear()
+    assert 1 in found
+
+
+def test_a_checkpoint_of_another_model_is_skipped_back_to_a_good_one(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path / "c")
+    model = make()
+    checkpoints.save(model, 1, {})
+    checkpoints.save(make(GrugConfig(**{**vars(CONFIG), "num_layers": 3})), 2, {})
+    checkpoints.finish()
+    again = make(seed=9)
+    assert Checkpoints(tmp_path / "c").restore(again)[0] == 1
+    assert "checkpoint of step 2 is skipped: ValueError: it holds model/" in caplog.text
+    for a, b in zip(values(again), values(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def write_record(out, name, **changes):
+    record = {"experiment": "starter", "size": "smoke", "seed": 0, "status": "interrupted"}
+    (out / f"starter-{name}").mkdir()
+    path = out / f"starter-{name}" / "results.json"
+    path.write_text(json.dumps({**record, **changes}))
+
+
+def test_resume_finds_the_run_that_it_is_one_of(tmp_path, caplog):
+    for number, changes in enumerate(
+        ({}, {"seed": 1}, {"size": "130m"}, {"status": "diverged"}, {"status": "finished"})
+    ):
+        write_record(tmp_path, number, **changes)
+    (tmp_path / "starter-torn").mkdir()
+    (tmp_path / "starter-torn" / "results.json").write_text('{"experiment"')
+    found = find_run(tmp_path, "starter", "", "smoke", 0)
+    assert found == tmp_path / "starter-0"
+    assert "starter-torn is left out" in caplog.text
+    assert find_run(tmp_path, "starter", "", "smoke", 2) is None
+
+
 FULL = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -217,12 +284,9 @@ def uninterrupted(tmp_path_factory):
 
 
 def kill_in_training(process, out, moment):
-    """SIGKILL `moment` seconds after the first row of this process; False if it was too late."""
-    before = [path.stat().st_mtime_ns for path in out.glob("*/curve.csv")]
-    while process.poll() is None:
-        now = [path.stat().st_mtime_ns for path in out.glob("*/curve.csv")]
-        if now != before:
-            break
+    """SIGKILL `moment` seconds after a checkpoint of this process; False if it was too late."""
+    before = set(out.glob("*/checkpoints/[0-9]*"))
+    while process.poll() is None and set(out.glob("*/checkpoints/[0-9]*")) == before:
         time.sleep(0.02)
     time.sleep(moment)
     process.send_signal(signal.SIGKILL)
@@ -232,7 +296,7 @@ def kill_in_training(process, out, moment):
 
 def test_killed_runs_have_the_losses_of_one_that_was_not(tmp_path, uninterrupted):
     rng = np.random.default_rng(1)
-    kills = sum(kill_in_training(start(tmp_path, "--resume"), tmp_path, rng.random() * 1.5)
+    kills = sum(kill_in_training(start(tmp_path, "--resume"), tmp_path, rng.random() * 0.5)
                 for _ in range(3))  # fmt: skip
     assert kills
     process = start(tmp_path, "--resume")
@@ -246,7 +310,7 @@ def test_killed_runs_have_the_losses_of_one_that_was_not(tmp_path, uninterrupted
     )
     for name in ("loss", "bits_per_byte", "train_loss", "steps", "sample"):
         assert record[name] == want[name]
-    assert len(record["resumed"]) >= 1
+    assert max(record["resumed"]) > 0
     process = start(tmp_path, "--resume", folder)
     assert "is finished" in process.communicate(timeout=120)[0]
 
@@ -255,11 +319,14 @@ def test_a_resume_with_other_options_is_refused(tmp_path):
     process = start(tmp_path)
     assert kill_in_training(process, tmp_path, 0.2)
     (folder,) = tmp_path.iterdir()
+    other = tmp_path.with_name(tmp_path.name + "-other.txt")
+    other.write_text("another text. " * 5000)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
     for options, message in (
         (["--seed", "1"], "resume: seed is 1 here, but 0 in"),
         (["--batch", "8"], "resume: recipe.batch_size is 8 here, but 4 in"),
         (["--tokenizer", "bpe:300"], "resume: tokenizer.sha256 is"),
+        (["--data", str(other)], "resume: data.name is .*other.txt"),
     ):
         process = start(tmp_path, "--resume", folder, *options)
         printed, _ = process.communicate(timeout=300)

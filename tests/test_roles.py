@@ -1,5 +1,7 @@
 """Which optimizer gets which variable: by role, said aloud, and an error where nothing says."""
 
+import re
+
 from grug_keras import Block, GrugConfig, Grugformer, Muon
 from grug_keras.roles import role_of, table
 import keras
@@ -62,3 +64,9 @@ def test_a_variable_without_a_role_is_an_error_that_names_it(tmp_path):
     assert "other" in table(model)
     again = keras.optimizers.deserialize(keras.optimizers.serialize(model.optimizer))
     assert again.roles == {r".*experts": "other"}
+
+
+def test_the_table_shows_every_optimizer_of_a_role():
+    text = table(make(Muon(0.02, exclude_layers=["down_proj"])))
+    assert re.search(r"^matrix +12 .* Muon$", text, re.M), text
+    assert re.search(r"^matrix +2 .* AdamW, 1 of the rate$", text, re.M), text

@@ -34,12 +34,15 @@ def report():
         ("TP, float32", 1e-5),
         ("FSDP x TP, float32", 1e-5),
         ("FSDP x TP, all kept", 1e-5),
-        ("FSDP x TP, mixed", 5e-3),  # bfloat16 sums in another order
+        *((f"{layout}, mixed", 5e-3) for layout in ("DP", "FSDP", "TP", "FSDP x TP")),
         ("FSDP x TP, optax in parts", 1e-5),
     ],
 )
 def test_a_mesh_trains_as_one_device(report, run, bound):
-    """20 steps with packed documents, sinks, blockwise attention, the fused loss and Muon."""
+    """20 steps with packed documents, sinks, blockwise attention, the fused loss and Muon.
+
+    bfloat16 sums in another order on another number of devices.
+    """
     found = report["runs"][run]
     assert len(found["losses"]) == 20
     assert found["losses"][-1] < 0.8 * found["losses"][0], "it learnt nothing"
@@ -70,6 +73,7 @@ def test_every_large_variable_and_its_slots_are_split(report):
         ("two rules", "sharding rules ["),
         ("rank", "the sharding rule of grugformer"),
         ("batch", "batch=6 is not a multiple of mesh axis data=8"),
+        ("parts", "accumulate=4 takes batch=8 in parts of 2, no multiple of mesh axis data=8"),
     ],
 )
 def test_what_cannot_be_split_is_named(report, case, message):

@@ -17,8 +17,9 @@ from grug_keras.checkpoints import Checkpoints
 from grug_keras.data import load_corpus, token_stream
 from grug_keras.data.batches import TokenBatches
 from grug_keras.data.tokenizer import ByteTokenizer
+from grug_keras.flops import peak_flops
 from grug_keras.generate import generate
-from grug_keras.metrics import SINKS
+from grug_keras.metrics import SINKS, Meter, peak_memory
 from grug_keras.results import new_run_dir
 from grug_keras.run import VALIDATION_BYTES
 from grug_keras.schedule import Trapezoid
@@ -294,11 +295,89 @@ def test_trapezoid_is_the_same_table_on_every_backend():
     np.testing.assert_allclose([schedule.at(i) for i in range(10)], want, rtol=1e-6)
     got = [float(keras.ops.convert_to_numpy(schedule(i))) for i in range(12)]
     np.testing.assert_allclose(got, [*want, 0.4, 0.4], rtol=1e-6)
+    cosine = Trapezoid(2.0, steps=10, warmup=0.2, cooldown=0.5, shape="cosine")
+    fall = [1 + math.cos(math.pi * i / 5) for i in range(5)]
+    np.testing.assert_allclose([cosine.at(i) for i in range(10)], [1.0, *[2.0] * 4, *fall], 1e-6)
     again = keras.optimizers.schedules.deserialize(keras.optimizers.schedules.serialize(schedule))
     assert again.get_config() == schedule.get_config()
     for bad in ({"peak": 0.0}, {"steps": 0}, {"warmup": -0.1}, {"warmup": 0.6, "cooldown": 0.6}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Trapezoid(**{"peak": 1.0, "steps": 10, **bad})
+
+
+def test_a_device_has_its_peak_and_an_unknown_one_none():
+    assert peak_flops({"kind": "TPU v5 lite", "count": 4}) == 4 * 197e12
+    assert peak_flops({"kind": "TPU v5", "count": 1}) == 459e12, "v5p"
+    assert peak_flops({"kind": "cpu", "count": 1}) is None
+    assert peak_memory() > 10**7
+
+
+def meter(folder, **changes):
+    arguments = {"tokens_per_step": 8, "steps": 10, "schedule": Trapezoid(0.1, 10)}
+    made = Meter(folder / "curve.csv", **{**arguments, **changes})
+    made.on_train_begin()
+    return made
+
+
+def test_a_meter_tells_speed_share_of_the_peak_and_time_left(tmp_path, capsys):
+    made = meter(tmp_path, flops_per_token=10, peak_flops=1e3)
+    for step in range(5):
+        time.sleep(0.02)
+        made.on_train_batch_end(step, {"batch_loss": 3.0 - step, "gradient_norm": 1.0})
+    made.close()
+    with open(tmp_path / "curve.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows[1:]:  # the first one compiles
+        speed = 8 / (float(row["ms"]) / 1e3)
+        assert float(row["tokens_per_second"]) == pytest.approx(speed, abs=1)
+        assert float(row["mfu"]) == pytest.approx(10 * speed / 1e3, rel=1e-2)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"step 5/10  loss -1.0000  \d+ tokens/s  MFU \d+.\d%  0:00 left", line), (
+        line
+    )
+    figures = made.figures()
+    assert figures["steps"] == 5
+    again = meter(tmp_path, first_step=5)  # nothing is left to train
+    assert again.figures()["train_loss"] == -1.0
+    assert again.figures()["tokens_per_second"] is None
+
+
+def test_rows_that_a_full_disk_does_not_take_wait(tmp_path, caplog):
+    made = meter(tmp_path)
+
+    class Full:
+        closed, taken = False, 20
+
+        def write(self, data):
+            if self.taken <= 0:
+                raise OSError(28, "No space left on device")
+            wrote = file.write(data[: self.taken])
+            self.taken -= wrote
+            return wrote
+
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+    file, made._file = made._file, Full()
+    for step in range(2):
+        made.on_train_batch_end(step, {"batch_loss": 3.0})
+    assert not made.flush()
+    assert "rows of" in caplog.text
+    assert "No space left" in caplog.text
+    made._file.taken = 10**6
+    assert made.flush()
+    made.on_train_batch_end(2, {"batch_loss": 2.0})
+    made.close()
+    lines = (tmp_path / "curve.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["step", "1", "2", "3"]
+
+
+def test_several_processes_without_a_mesh_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_DISTRIBUTION_NUM_PROCESSES", "2")
+    process = start(tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "there are several processes: give --mesh" in errors
 
 
 def grug(*arguments):

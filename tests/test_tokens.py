@@ -206,6 +206,7 @@ def words(*start):
         (words(20240520, 1, 4) + bytes(9), "should hold 4 tokens .* but 9 bytes follow"),
         (words(20240520, 1, 4)[:100], "should hold 4 tokens .* but 0 bytes follow"),
         (words(20240520, 1, 0), "should hold 0 tokens"),
+        (words(20240521, 1, 4) + bytes(8), "unknown header, magic number 20240521; known are"),
         (bytes(7), "no known header, and 7 bytes are no whole number of uint16"),
         (b"", "0 bytes are no whole number"),
         (np.arange(1, 99, dtype="<u4").tobytes(), "looks like uint32"),
@@ -217,6 +218,13 @@ def test_bad_token_files_are_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"bad.bin.*{message}"):
         read_shard(path, 257)
+
+
+def test_tokens_too_small_for_the_vocabulary_are_named(tmp_path):
+    path = tmp_path / "bad.bin"
+    path.write_bytes(words(20240520, 1, 4) + bytes(8))
+    with pytest.raises(ValueError, match="uint16 tokens, too small for vocab_size=128256"):
+        read_shard(path, 128256)
 
 
 def test_sharded_tokens_are_one_array(tmp_path):

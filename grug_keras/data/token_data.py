@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 from typing import Any
 
 from grug_keras.data.batches import token_stream
@@ -91,7 +92,7 @@ def _from_files(data, folder, files, spec, validation_bytes):
     made = folder / "dataset.json"
     made = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else None
     tokenizer = _tokenizer_of(data, folder, made, spec)
-    held_out = [file for file in files if "val" in file.name]
+    held_out = [file for file in files if re.search(r"(^|[_.-])val", file.name)]
     if held_out:
         training = [file for file in files if file not in held_out]
         if not training:

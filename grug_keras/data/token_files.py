@@ -76,6 +76,16 @@ def read_shard(path, vocab_size):
     words = np.fromfile(path, dtype="<i4", count=3)
     if len(words) == 3 and int(words[0]) in _FORMATS:
         tokens = _with_header(path, size, *map(int, words))
+        if tokens.dtype.itemsize < _token_dtype(vocab_size).itemsize:
+            raise ValueError(
+                f"data={str(path)!r} has {tokens.dtype.name} tokens, too small for vocab_size="
+                f"{vocab_size}: another tokenizer made it"
+            )
+    elif _looks_like_a_header(path, size):
+        raise ValueError(
+            f"data={str(path)!r} begins with an unknown header, magic number {int(words[0])}; "
+            f"known are {', '.join(map(str, _FORMATS))}"
+        )
     else:
         dtype = _token_dtype(vocab_size)
         if size == 0 or size % dtype.itemsize:
@@ -92,6 +102,12 @@ def read_shard(path, vocab_size):
             )
     check_tokens(path, tokens[:_PROBE], vocab_size)
     return tokens
+
+
+def _looks_like_a_header(path, size):
+    """Whether 256 int32 stand first that are nearly all 0, as in every header of this kind."""
+    words = np.fromfile(path, dtype="<i4", count=_HEADER)
+    return len(words) == _HEADER and words[0] and not words[8:].any()
 
 
 def _with_header(path, size, magic, version, count):

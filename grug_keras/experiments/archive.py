@@ -21,6 +21,7 @@ FIELDS = (
 )
 REQUIRED = ("Path", "Bucket", "Introduced", "Status", "Purpose", "Verdict")
 STATUSES = ("active", "superseded", "deleted")
+PENDING = "pending"  # of a commit that has no name yet, and of a verdict
 BUCKETS = ("attention", "block", "mlp", "loss", "optimizer")
 _HEADING = "## Experiments"
 

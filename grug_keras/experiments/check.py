@@ -4,13 +4,12 @@ import re
 from typing import NamedTuple
 
 from grug_keras.experiments import leaderboard
-from grug_keras.experiments.archive import BUCKETS, REQUIRED, STATUSES, Archive
+from grug_keras.experiments.archive import BUCKETS, PENDING, REQUIRED, STATUSES, Archive
 from grug_keras.experiments.recorded import RESULTS, Recorded
 from grug_keras.experiments.repository import ARCHIVE
 from grug_keras.experiments.scripts import STARTER, changes, load_speedrun, source_problems
 from grug_keras.run import size_config
 
-PENDING = "pending"
 _SHA = re.compile(r"[0-9a-f]{7,40}")
 
 
@@ -79,12 +78,14 @@ def _check_fields(entry):
 
 def _check_path(repository, entry):
     exists = (repository.root / entry.path).is_file()
-    if entry.status == "active" and not exists:
+    if not re.fullmatch(r"speedruns/\w+\.py", entry.path):
+        yield _at(entry, "Path", f"{entry.path} is no script in speedruns/: move it there")
+    if entry.status != "deleted" and not exists:
         yield _at(
             entry,
             "Path",
-            f"it is active, and {entry.path} does not exist: restore it, or "
-            f"`grug archive delete {entry.id} --by ...`",
+            f"it is {entry.status}, and {entry.path} does not exist: restore it with git, then "
+            f"`grug archive delete {entry.id}`",
         )
     if entry.status == "deleted" and exists:
         yield _at(
@@ -96,7 +97,10 @@ def _check_path(repository, entry):
 def _check_commits(repository, entry):
     introduced, good = (entry.fields.get(name) for name in ("Introduced", "Last known-good"))
     if introduced == PENDING:
-        if not repository.is_new(entry.path):
+        if entry.status != "active":
+            yield _at(entry, "Introduced", f"it is pending, of a {entry.status} experiment: name "
+                      "the commit that added it")  # fmt: skip
+        elif not repository.is_new(entry.path):
             yield _at(
                 entry, "Introduced", f"it is pending, but {entry.path} is in an earlier commit: "
                 "`grug archive fill`"

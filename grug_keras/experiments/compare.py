@@ -4,20 +4,23 @@ import json
 import pathlib
 import shlex
 import statistics
-import subprocess
+from subprocess import DEVNULL, STDOUT
 import sys
 
+from grug_keras.experiments.children import call
 from grug_keras.experiments.paired import paired_test
-from grug_keras.experiments.recorded import read_sealed
+from grug_keras.experiments.recorded import read_sealed, times
 from grug_keras.experiments.scripts import load_speedrun
 from grug_keras.plot import plot_comparison, read_curve
-from grug_keras.results import seal, write_json
+from grug_keras.results import git_state, seal, write_json
+from grug_keras.resume import lock
 
 MATCHES = ("tokens", "seconds")
 _CALIBRATION_STEPS, _CALIBRATION_TURNS = 40, 2
+_EQUAL_SECONDS = 0.05  # how far from 1 the ratio of equal times may be
 # What a pair must share, or the difference means nothing.
 _SHARED = ("backend", "device", "dtype", "mesh", "packing", "size", "data.sha256",
-           "tokenizer.sha256", "commit")  # fmt: skip
+           "tokenizer.sha256", "commit", "dirty")  # fmt: skip
 
 
 class Comparison:
@@ -47,25 +50,31 @@ class Comparison:
         self.folder, self.root, self.progress = pathlib.Path(folder).resolve(), root, progress
         self.scripts, self.match = {"a": str(a), "b": str(b)}, match
         self.options = {side: list(options) for side in "ab"}
-        plan = {"scripts": self.scripts, "options": list(options), "match": match}
-        kept = self.folder / "plan.json"
-        if kept.is_file():
-            self.plan = json.loads(kept.read_text(encoding="utf-8"))
-            for name, value in plan.items():
-                if self.plan[name] != value:
-                    raise ValueError(
-                        f"{self.folder} holds a comparison with {name} {self.plan[name]}, not "
-                        f"{value}: choose another --out"
-                    )
-        else:
-            steps = self._matched_steps()
+        commit, dirty = git_state(root)
+        plan = {"scripts": self.scripts, "options": list(options), "match": match,
+                "commit": commit, "dirty": dirty}  # fmt: skip
+        steps, cost = self._own_steps()  # what is wrong with the options, before a folder is made
+        if not (self.folder / "plan.json").is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.plan = {**plan, "steps": steps}
-            write_json(kept, self.plan)
+            write_json(self.folder / "plan.json", {**plan, "steps": None})
+        self.lock = lock(self.folder)
+        self.plan = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+        for name, value in plan.items():
+            if self.plan[name] != value:
+                raise ValueError(
+                    f"{self.folder} holds a comparison with {name} {self.plan[name]}, not "
+                    f"{value}: choose another --out"
+                )
+        if self.plan["steps"] is None:
+            if match == "seconds":
+                cost = self._calibrate()
+            self.plan["steps"] = {"a": steps, "b": max(1, round(steps * cost["a"] / cost["b"]))}
+            write_json(self.folder / "plan.json", self.plan)
         for side in "ab":
             self.options[side] += ["--steps", str(self.plan["steps"][side])]
 
-    def _matched_steps(self):
+    def _own_steps(self):
+        """A's steps, and what a step of each side costs in tokens: its sequences."""
         recipes = {}
         for side, script in self.scripts.items():
             known = load_speedrun(self.root / script).RECIPES
@@ -76,16 +85,12 @@ class Comparison:
         batch = {side: int(_option(self.options[side], "--batch") or recipe.batch_size)
                  for side, recipe in recipes.items()}  # fmt: skip
         steps = int(_option(self.options["a"], "--steps") or recipes["a"].steps)
-        if self.match == "tokens":
-            steps_b, rest = divmod(steps * batch["a"], batch["b"])
-            if rest:
-                raise ValueError(
-                    f"match=tokens: {steps} steps of {batch['a']} sequences are no whole number of "
-                    f"steps of {batch['b']}: give --steps or --batch"
-                )
-            return {"a": steps, "b": steps_b}
-        ms = self._calibrate()
-        return {"a": steps, "b": max(1, round(steps * ms["a"] / ms["b"]))}
+        if self.match == "tokens" and steps * batch["a"] % batch["b"]:
+            raise ValueError(
+                f"match=tokens: {steps} steps of {batch['a']} sequences are no whole number of "
+                f"steps of {batch['b']}: give --steps or --batch"
+            )
+        return steps, batch
 
     def _calibrate(self):
         """Milliseconds a step of both, in turns."""
@@ -93,7 +98,8 @@ class Comparison:
         for turn in range(_CALIBRATION_TURNS):
             for side in "ab" if turn % 2 == 0 else "ba":
                 out = self.folder / "calibration" / f"{side}{turn}"
-                run = self._run(side, 0, out, ["--steps", str(_CALIBRATION_STEPS)])
+                options = [*self.options[side], "--steps", str(_CALIBRATION_STEPS)]
+                run = self._run(side, 0, out, options)
                 curve = read_curve(run / "curve.csv")
                 found[side] += curve["ms"][len(curve["ms"]) // 2 :]
         return {side: statistics.median(ms) for side, ms in found.items()}
@@ -105,11 +111,15 @@ class Comparison:
             seeds: int >= 1; seeds are 0, 1, ...
 
         Raises:
-            ValueError: with the end of a run's output, if it fails; or for runs that cannot be
-                compared.
+            ValueError: with the end of a run's output, if it fails; for runs that cannot be
+                compared; or for fewer seeds than there are results of, as if they were not.
         """
         from tqdm import tqdm
 
+        if (self.folder / "comparison.json").is_file():
+            seen = read_sealed(self.folder / "comparison.json")["bits_per_byte"]["n"]
+            if seeds < seen:
+                raise ValueError(f"seeds={seeds}: {self.folder} has {seen} pairs, and they count")
         with tqdm(total=2 * seeds, unit="run", disable=not self.progress) as bar:
             for seed in range(seeds):
                 for side in "ab" if seed % 2 == 0 else "ba":
@@ -131,20 +141,25 @@ class Comparison:
         command = [sys.executable, self.scripts[side], "--seed", str(seed), *options]
         log = out / f"seed{seed}.log"
         with open(log, "w", encoding="utf-8") as file:
-            status = subprocess.call(
+            status = call(
                 [*command, "--out", str(out), *resume],
                 cwd=self.root,
-                stdin=subprocess.DEVNULL,
+                stdin=DEVNULL,
                 stdout=file,
-                stderr=subprocess.STDOUT,
+                stderr=STDOUT,
             )
-        if status:
+        found = dict(_runs(out, seed))
+        finished = [folder for folder, record in found.items() if record["status"] == "finished"]
+        if status or not finished:
             lines = log.read_text(encoding="utf-8").strip().splitlines()
+            why = lines[-1] if lines else "no output"
+            if any(record["status"] == "diverged" for record in found.values()):
+                why = "it diverged: lower its rate, or delete the experiment and say so"
             raise ValueError(
-                f"{shlex.join(['python', *command[1:]])} ended with status {status}: "
-                f"{lines[-1] if lines else 'no output'}; all of it: {log}"
+                f"{shlex.join(['python', *command[1:]])} ended with status {status}: {why}; all "
+                f"of it: {log}"
             )
-        return next(f for f, record in _runs(out, seed) if record["status"] == "finished")
+        return finished[0]
 
     def records(self, seed):
         """The sealed records of A and B of a seed."""
@@ -191,9 +206,9 @@ class Comparison:
             "backend": first["backend"],
             "seeds": [a["seed"] for a, _ in pairs],
             "bits_per_byte": paired_test(*bits),
-            "time_ratio": statistics.median(b["seconds"] / a["seconds"] for a, b in pairs),
-            "step_time_ratio": statistics.median(
-                b["seconds"] / b["steps"] / (a["seconds"] / a["steps"]) for a, b in pairs
+            "time_ratio": _median(_ratio(_time(b), _time(a)) for a, b in pairs),
+            "step_time_ratio": _median(
+                _ratio(b["ms_per_step"], a["ms_per_step"]) for a, b in pairs
             ),
             "flops_ratio": statistics.median(
                 b["flops_per_token"] * b["tokens"] / (a["flops_per_token"] * a["tokens"])
@@ -229,13 +244,31 @@ def as_text(result):
             f"{bits['n']} pairs"
         )
     lines += [
-        f"B takes {result['time_ratio']:.2f} times A's training time, "
-        f"{result['step_time_ratio']:.2f} a step, and {result['flops_ratio']:.2f} times its FLOPs",
+        f"B takes {times(result['time_ratio'])} A's training time, "
+        f"{times(result['step_time_ratio'])} a step, and {times(result['flops_ratio'])} its FLOPs",
         f"B is {bits['verdict']}"
         + (f" than A, at equal {result['match']}" if bits["verdict"] != "not shown"
            else f" to differ from A, at equal {result['match']}"),
     ]  # fmt: skip
+    if result["match"] == "seconds" and abs((result["time_ratio"] or 1.0) - 1) > _EQUAL_SECONDS:
+        lines.append("warning: the times came out unequal; this machine's speed changed meanwhile")
+    if result["dirty"]:
+        lines.append("these runs are of no commit, so that they cannot be recorded: commit first")
     return "\n".join(lines)
+
+
+def _time(record):
+    """Training seconds, the first step of a process as long as the others; None if unknown."""
+    return record["ms_per_step"] and record["ms_per_step"] * record["steps"] / 1e3
+
+
+def _ratio(x, y):
+    return x / y if x and y else None
+
+
+def _median(ratios):
+    ratios = list(ratios)
+    return None if None in ratios else statistics.median(ratios)
 
 
 def _scores(side):

@@ -22,7 +22,8 @@ def difference(root, path, size=None):
 
     Returns:
         dict of `changes` (list of `{"bucket", "what"}`), `buckets`, `parameters`,
-        `parameters_by_role`, `flops_per_token` and `initial_loss` (pairs: starter, experiment),
+        `parameters_by_role`, `flops_per_token` and `initial_loss` (pairs: starter, experiment,
+        both with the `vocab_size` of bytes),
         and `lines` (added and removed, against the starter's text).
 
     Raises:
@@ -34,13 +35,14 @@ def difference(root, path, size=None):
         if size not in script.RECIPES:
             raise ValueError(f"size={size!r}: the {name} has {', '.join(script.RECIPES)}")
     config = size_config(size, 257)
-    moved = changes(scripts["experiment"], scripts["starter"], config)
+    moved = changes(scripts["experiment"], scripts["starter"], config, size)
     figures = [_figures(script, config) for script in scripts.values()]
     texts = [(root / p).read_text(encoding="utf-8").splitlines() for p in (STARTER, path)]
     marks = [line[0] for line in difflib.ndiff(*texts)]
     return {
         "experiment": path,
         "size": size,
+        "vocab_size": config.vocab_size,
         "changes": [change._asdict() for change in moved],
         "buckets": sorted({change.bucket for change in moved}),
         **{name: [f[name] for f in figures] for name in figures[0]},
@@ -71,7 +73,10 @@ def _figures(script, config):
 
 def as_text(found):
     """A difference for a terminal."""
-    lines = [f"{found['experiment']} beside {STARTER}, size {found['size']}"]
+    lines = [
+        f"{found['experiment']} beside {STARTER}, size {found['size']} with "
+        f"{found['vocab_size']} tokens"
+    ]
     if not found["changes"]:
         lines.append("  it changes nothing")
     lines += [f"  {change['bucket']:10} {change['what']}" for change in found["changes"]]

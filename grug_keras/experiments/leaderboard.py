@@ -27,14 +27,16 @@ def rows(repository):
         dict of `(text, tokenizer)` -> list of dicts, the best first. A row without a number has
         None there, and one without bits per byte has no rank and comes last.
     """
-    tables = {}
+    tables, names = {}, {}
     for entry in Archive(repository).entries.values():
         for runs in Recorded(repository.root, entry.id).groups():
-            row = _row(entry, runs)
             data, tokenizer = runs[-1]["data"], runs[-1]["tokenizer"]
-            key = (f"{data['name']} {data['sha256'][:12]}",
-                   f"{tokenizer['name']} {(tokenizer['sha256'] or '')[:12]}".strip())  # fmt: skip
-            tables.setdefault(key, []).append(row)
+            # By what they are, not by what they are called: a kept BPE goes by its file's name.
+            key = (data["sha256"], tokenizer["sha256"] or tokenizer["name"])
+            hashes = [sha[:12] for sha in (data["sha256"], tokenizer["sha256"] or "")]
+            names[key] = (f"{data['name']} {hashes[0]}", f"{tokenizer['name']} {hashes[1]}".strip())
+            tables.setdefault(key, []).append(_row(entry, runs))
+    tables = {names[key]: table for key, table in tables.items()}
     for table in tables.values():
         table.sort(key=lambda row: (row["bits"] is None, row["bits"] or 0, row["experiment"]))
         for rank, row in enumerate((r for r in table if r["bits"] is not None), 1):
@@ -54,7 +56,7 @@ def _row(entry, runs):
     return {
         "rank": None,
         "experiment": entry.id,
-        "bucket": entry.fields["Bucket"],
+        "bucket": entry.fields.get("Bucket"),
         "status": entry.status,
         "bits": mean("bits_per_byte"),
         "spread": spread([run["bits_per_byte"] for run in runs]) if known else None,

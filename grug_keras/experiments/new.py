@@ -1,9 +1,9 @@
 """A new experiment: the starter's frame, a class to edit, and an entry in the archive."""
 
 import re
+import textwrap
 
-from grug_keras.experiments.archive import BUCKETS, Archive
-from grug_keras.experiments.check import PENDING
+from grug_keras.experiments.archive import BUCKETS, PENDING, Archive
 from grug_keras.experiments.scripts import STARTER
 from grug_keras.results import write_atomically
 
@@ -58,7 +58,7 @@ def new_experiment(repository, idea, bucket, purpose):
 
     Args:
         repository: `Repository`.
-        idea: str, letters, digits and underscores: `warm_gate`.
+        idea: str, small letters, digits and underscores: `warm_gate`.
         bucket: str, of `BUCKETS`.
         purpose: str, one line: what is tried, and why.
 
@@ -68,11 +68,14 @@ def new_experiment(repository, idea, bucket, purpose):
     Raises:
         ValueError: for a name that is none, or is taken.
     """
+    idea = idea.replace("-", "_")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", idea):
         raise ValueError(f"idea={idea!r} must be small letters, digits and _, as in warm_gate")
     if bucket not in BUCKETS:
         raise ValueError(f"bucket={bucket!r} is none of {', '.join(BUCKETS)}")
     purpose = " ".join(purpose.split())
+    if not purpose or '"""' in purpose or "\\" in purpose:
+        raise ValueError(f"purpose={purpose!r} must be a line of words, for a docstring")
     name, path = f"grugformer-{idea.replace('_', '-')}", f"speedruns/grugformer_{idea}.py"
     archive = Archive(repository)
     if name in archive.entries:
@@ -110,7 +113,7 @@ def frame(starter, path, bucket, purpose):
         ValueError: if the starter has not the lines that this builds on.
     """
     names, classes, model = _EDITS[bucket]
-    head = f'"""{purpose}\n\nCommand: python {path}\n"""\n'
+    head = f'"""{textwrap.fill(purpose, 95)}\n\nCommand: python {path}\n"""\n'
     names = sorted({"Grugformer", "Muon", *names}, key=lambda name: (not name.isupper(), name))
     text = starter
     for pattern, new in (

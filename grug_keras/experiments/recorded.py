@@ -40,7 +40,9 @@ class Recorded:
             self.runs, self.comparisons = record["runs"], record["comparisons"]
 
     def add_run(self, record, path):
-        """Adds what is kept of a run's record, or puts it in the place of the same run's.
+        """Adds what is kept of a run's record, in the place of one of the same seed and setting.
+
+        So the starter, which every comparison runs again, counts each seed once.
 
         Args:
             record: dict, `results.json` of a run.
@@ -48,7 +50,9 @@ class Recorded:
         """
         kept = {name: record[name] for name in _KEPT}
         kept["command"] = portable_command(record["command"], path)
-        self.runs = [run for run in self.runs if run["id"] != kept["id"]] + [kept]
+        same = (setting(kept), kept["seed"])
+        others = [run for run in self.runs if (setting(run), run["seed"]) != same]
+        self.runs = [run for run in others if run["id"] != kept["id"]] + [kept]
 
     def add_comparison(self, comparison):
         """Adds a comparison of this experiment with another one."""
@@ -103,9 +107,14 @@ def verdict_line(comparison):
         text += f"p = {found['p_t']:.2g}, {found['n']} seeds)"
     return (
         f"{text} than {comparison['a']['id']} at equal {comparison['match']}, "
-        f"{comparison['time_ratio']:.2f} times its time, "
-        f"{comparison['flops_ratio']:.2f} times its FLOPs"
+        f"{times(comparison['time_ratio'])} its time, "
+        f"{times(comparison['flops_ratio'])} its FLOPs"
     )
+
+
+def times(ratio):
+    """A ratio in words; unknown ones too."""
+    return "an unknown number of times" if ratio is None else f"{ratio:.2f} times"
 
 
 def setting(run):
@@ -133,6 +142,8 @@ def read_sealed(path):
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(record, dict) or "sha256" not in record:
+        raise ValueError(f"{path} has no seal: it was not written by this version; measure again")
     if not is_sealed(record):
         raise ValueError(
             f"{path} was edited: it no longer says what was measured. Restore it with git, or "

@@ -4,11 +4,12 @@ import json
 import os
 import pathlib
 import shlex
-import subprocess
 import sys
 
 from grug_keras.experiments.archive import Archive
+from grug_keras.experiments.children import call
 from grug_keras.experiments.recorded import Recorded
+from grug_keras.results import new_run_dir
 
 
 def reproduce(repository, name, out="runs", options=()):
@@ -31,6 +32,8 @@ def reproduce(repository, name, out="runs", options=()):
         ValueError: for an unknown id, a commit that this clone has not, or a run that fails.
     """
     entry = Archive(repository).find(name)
+    if entry.path is None:
+        raise ValueError(f"{entry.id} has no Path: correct the entry")
     runs = Recorded(repository.root, entry.id).runs
     known = runs[-1] if runs else None
     commit = entry.fields.get("Last known-good") or (known["commit"] if known else "HEAD")
@@ -40,9 +43,7 @@ def reproduce(repository, name, out="runs", options=()):
     if not repository.contains(commit, entry.path):
         raise ValueError(f"commit {commit[:10]} does not have {entry.path}: correct the entry")
     command = shlex.split(known["command"])[2:] if known else []
-    out = pathlib.Path(out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    before = set(out.glob("*/results.json"))
+    out = new_run_dir(pathlib.Path(out).resolve(), f"reproduce-{entry.id}")
     with repository.worktree(commit) as (tree, package):
         words = [sys.executable, str(tree / entry.path), *command, *options, "--out", str(out)]
         print(
@@ -52,11 +53,11 @@ def reproduce(repository, name, out="runs", options=()):
         environment = {**os.environ, "PYTHONPATH": path}
         if known:
             environment["KERAS_BACKEND"] = known["backend"]
-        status = subprocess.call(words, env=environment)
-    found = set(out.glob("*/results.json")) - before
+        status = call(words, env=environment)
+    found = list(out.glob("*/results.json"))
     if status or not found:
         raise ValueError(f"{entry.id} at {commit[:10]} ended with status {status}")
-    return json.loads(found.pop().read_text(encoding="utf-8")), known
+    return json.loads(found[0].read_text(encoding="utf-8")), known
 
 
 def verdict(record, known):

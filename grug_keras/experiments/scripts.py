@@ -27,8 +27,9 @@ _FIELDS = {
 _LOSS_METHODS = ("token_mean_loss", "compute_loss", "head", "logits")
 _TRAINING_METHODS = ("train_step", "compile", "fit")
 _RECIPE_FIELDS = ("learning_rate", "warmup", "cooldown", "shape", "steps", "batch_size")
-# A run of so many statements that stands in the core as well is no coincidence.
-_COPIED_STATEMENTS = 5
+# So many statements in a row that stand in the core as well are no coincidence; nor is a class
+# of which so large a part does.
+_COPIED_STATEMENTS, _COPIED_SHARE = 5, 0.7
 
 
 class Change(NamedTuple):
@@ -50,24 +51,33 @@ def load_speedrun(path):
         path: `pathlib.Path`.
 
     Raises:
-        ValueError: if it does not follow the frame of the starter.
+        ValueError: if it cannot be imported, or does not follow the frame of the starter.
     """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SystemExit:
+        raise ValueError(
+            f'{path} runs when it is imported: call main under `if __name__ == "__main__":`'
+        ) from None
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be imported: {what}; run it to see where") from error
     missing = {"RECIPES", "build_model", "build_optimizer"} - set(vars(module))
     if missing:
         raise ValueError(f"{path} has no {', '.join(sorted(missing))}: see {STARTER}")
     return module
 
 
-def changes(script, starter, config):
+def changes(script, starter, config, size=None):
     """What a script changes against the core and the starter.
 
     Args:
         script, starter: modules, of `load_speedrun`.
         config: `GrugConfig` that both are given.
+        size: str or None, whose recipes are compared; all that both have by default.
 
     Returns:
         list of `Change`.
@@ -76,6 +86,7 @@ def changes(script, starter, config):
     return [
         *_config_changes(model.config, base.config),
         *_model_changes(model, base),
+        *_recipe_changes(script, starter, size),
         *_optimizer_changes(script, starter),
     ]
 
@@ -99,9 +110,8 @@ def _model_changes(model, base):
     )
     block, core = model.blocks[0], base.blocks[0]
     yield from _class_changes(
-        type(block), type(core), lambda name: name.removesuffix("_class") if "_class" in name
-        else "block", whole=("block", "attention", "mlp"),
-    )  # fmt: skip
+        type(block), type(core), lambda _: "block", whole=("block", "attention", "mlp")
+    )
     if isinstance(block, type(core)):  # else it has no such parts
         for part in ("attention", "mlp"):
             new, old = type(getattr(block, part)), type(getattr(core, part))
@@ -123,16 +133,18 @@ def _class_changes(new, old, bucket_of, whole=None):
                 yield Change(bucket_of(name), f"{cls.__name__} overrides {old.__name__}.{name}")
 
 
+def _recipe_changes(script, starter, size):
+    for name in [size] if size else script.RECIPES:
+        if name in script.RECIPES and name in starter.RECIPES:
+            for field in _RECIPE_FIELDS:
+                a, b = (getattr(module.RECIPES[name], field) for module in (starter, script))
+                if a != b:
+                    yield Change("optimizer", f"recipe.{field} of {name}: {a} -> {b}")
+
+
 def _optimizer_changes(script, starter):
-    size = next(iter(script.RECIPES))
-    new, old = script.RECIPES[size], starter.RECIPES.get(size)
-    if old is None:
-        return
-    for name in _RECIPE_FIELDS:
-        a, b = getattr(old, name), getattr(new, name)
-        if a != b:
-            yield Change("optimizer", f"recipe.{name}: {a} -> {b}")
-    a, b = (_optimizer(module, old.schedule()) for module in (starter, script))
+    schedule = next(iter(starter.RECIPES.values())).schedule()
+    a, b = (_optimizer(module, schedule) for module in (starter, script))
     if a["class"] != b["class"]:
         yield Change("optimizer", f"{b['class']} instead of {a['class']}")
     else:
@@ -187,7 +199,7 @@ def _imports(tree):
 
 
 def copies(tree):
-    """Functions that the core or `ops` has as well, but for names, or large parts of.
+    """Functions and classes that the core or `ops` has as well, but for names, or most of.
 
     Args:
         tree: `ast.Module`.
@@ -196,12 +208,15 @@ def copies(tree):
         list of `(line, name here, name there)`.
     """
     found = []
-    for line, name, statements, shape in _functions(tree):
-        for source, there, shape_there in _core_functions():
+    for line, name, statements, shape in _parts(tree):
+        for source, there, shape_there in _core_parts():
             match = difflib.SequenceMatcher(None, statements, there, autojunk=False)
-            longest = match.find_longest_match().size
-            whole = len(statements) >= 3 and shape == shape_there
-            if whole or longest >= _COPIED_STATEMENTS:
+            same = (
+                (len(statements) >= 3 and shape == shape_there)
+                or match.find_longest_match().size >= _COPIED_STATEMENTS
+                or (len(statements) >= 4 and match.ratio() >= _COPIED_SHARE)
+            )
+            if same:
                 found.append((line, name, source))
                 break
     return found
@@ -210,30 +225,36 @@ def copies(tree):
 _core = []
 
 
-def _core_functions():
-    """`(name, statements, shape)` of every function of the core and of `ops`."""
+def _core_parts():
+    """`(name, statements, shape)` of every function and class of the core and of `ops`."""
     if not _core:
-        beside = [_PACKAGE / "experiments", _PACKAGE / "data"]
         from grug_keras import ops
 
         folders = [_PACKAGE, pathlib.Path(ops.__file__).parent]
         for file in sorted({file for folder in folders for file in folder.rglob("*.py")}):
-            if not any(folder in file.parents for folder in beside):
+            if not {"experiments", "data"} & set(file.relative_to(_PACKAGE.parent).parts[:-1]):
                 tree = ast.parse(file.read_text(encoding="utf-8"))
-                for _, name, statements, shape in _functions(tree):
+                for _, name, statements, shape in _parts(tree):
                     _core.append((f"{file.stem}.{name}", statements, shape))
     return _core
 
 
-def _functions(tree):
-    for owner in ast.walk(tree):
-        body = getattr(owner, "body", None)
-        for node in body if isinstance(body, list) else []:  # a lambda's is an expression
-            if isinstance(node, ast.FunctionDef):
-                prefix = f"{owner.name}." if isinstance(owner, ast.ClassDef) else ""
-                body = [s for s in node.body if not _is_docstring(s)]
-                statements = [ast.dump(s) for s in _flat(body)]
-                yield node.lineno, prefix + node.name, statements, _shape(body)
+def _parts(tree):
+    """Functions by themselves, and classes as all their methods one after the other."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            methods = [method for method in node.body if isinstance(method, ast.FunctionDef)]
+            yield _part(node, node.name, [s for method in methods for s in method.body])
+            for method in methods:
+                yield _part(method, f"{node.name}.{method.name}", method.body)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield _part(node, node.name, node.body)
+
+
+def _part(node, name, body):
+    body = [statement for statement in body if not _is_docstring(statement)]
+    return node.lineno, name, [ast.dump(s) for s in _flat(body)], _shape(body)
 
 
 def _is_docstring(statement):
@@ -241,11 +262,13 @@ def _is_docstring(statement):
 
 
 def _flat(statements):
-    """Statements, those that hold others as their heads and what they hold."""
+    """The statements that hold no others, in order."""
     for statement in statements:
-        inner = getattr(statement, "body", None)
-        if isinstance(inner, list):
-            yield from _flat(inner)
+        inner = [getattr(statement, name, []) for name in ("body", "orelse", "finalbody")]
+        inner += [handler.body for handler in getattr(statement, "handlers", [])]
+        if any(inner):
+            for part in inner:
+                yield from _flat(part)
         else:
             yield statement
 

@@ -2,10 +2,8 @@
 
 import pathlib
 
-from grug_keras.experiments.archive import Archive
-from grug_keras.experiments.check import PENDING
-from grug_keras.experiments.recorded import RESULTS, Recorded, read_sealed
-from grug_keras.experiments.repository import ARCHIVE
+from grug_keras.experiments.archive import PENDING, Archive
+from grug_keras.experiments.recorded import Recorded, read_sealed
 
 
 def record(repository, folder):
@@ -38,6 +36,13 @@ def record(repository, folder):
 def _record_comparison(repository, archive, folder):
     found = read_sealed(folder / "comparison.json")
     entries = {side: archive.find(found[side]["path"]) for side in "ab"}
+    if entries["a"].id == entries["b"].id:
+        raise ValueError(f"{folder} compares {entries['a'].id} with itself: nothing to record")
+    if not entries["b"].buckets:
+        raise ValueError(
+            f"{folder} has the baseline, {entries['b'].id}, as B: its verdict would be on that; "
+            "compare the other way round"
+        )
     recorded = {}
     for side, entry in entries.items():
         recorded[side] = Recorded(repository.root, entry.id)
@@ -45,8 +50,6 @@ def _record_comparison(repository, archive, folder):
             run = read_sealed(folder / side / run / "results.json")
             _check_run(repository, entry, run)
             recorded[side].add_run(run, entry.path)
-    if entries["a"].id == entries["b"].id:
-        raise ValueError(f"{folder} compares {entries['a'].id} with itself: nothing to record")
     for side, entry in entries.items():
         found[side] = {**found[side], "id": entry.id}
     del found["sha256"]  # it is under the seal of the file now
@@ -87,20 +90,21 @@ def fill(repository):
         repository: `Repository`.
 
     Returns:
-        list of ids that are filled.
+        Pair of lists of ids: filled, and still pending as no commit has added their path.
 
     Raises:
-        ValueError: for a path that no commit has added.
+        ValueError: if the clone leaves history out.
     """
-    archive, filled = Archive(repository), []
+    if repository.is_shallow():
+        raise ValueError("this clone leaves history out: git fetch --unshallow, then fill")
+    archive, filled, left = Archive(repository), [], []
     for entry in list(archive.entries.values()):
-        if entry.fields.get("Introduced") == PENDING:
+        if entry.fields.get("Introduced") == PENDING and entry.path:
             commit = repository.introduced(entry.path)
-            if commit is None:
-                raise ValueError(f"{entry.id}: no commit has {entry.path} yet: commit it first")
-            archive.set(entry.id, Introduced=commit)
-            filled.append(entry.id)
-    return filled
+            if commit:
+                archive.set(entry.id, Introduced=commit)
+            (filled if commit else left).append(entry.id)
+    return filled, left
 
 
 def supersede(repository, name, by):
@@ -153,7 +157,7 @@ def _retire(repository, name, statuses):
     entry = archive.find(name)
     if entry.status not in statuses:
         raise ValueError(f"{entry.id} is {entry.status} already")
-    changed = repository.changed(ARCHIVE, RESULTS)
+    changed = repository.changed("docs/")  # documents do not run
     if changed:
         raise ValueError(
             f"the tree has changes that no commit has, {', '.join(changed[:3])}"

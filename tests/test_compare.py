@@ -218,8 +218,9 @@ def test_a_comparison_is_recorded_with_the_runs_of_both(root):
     assert record(repository, root / "runs" / "it") == ["a", "b"]
     text = (root / "docs" / "archive.md").read_text()
     assert "- Result: 2.100 ± 0.100 bits per byte (3 seeds), 40 steps of smoke" in text
-    assert "- Verdict: better: -0.1010 bits per byte (95% -0.1035 to -0.0985, p = " in text
-    assert "3 seeds) than a at equal tokens, 1.00 times its time, 1.00 times its FLOPs" in text
+    says = "- Verdict: better: -0.1010 bits per byte against a (95% -0.1035 to -0.0985, p = "
+    assert says in text
+    assert "3 seeds) at equal tokens; 1.00 times its time, 1.00 times its FLOPs" in text
     for name, comparisons in (("a", 0), ("b", 1)):
         kept = json.loads((root / "docs" / "results" / f"{name}.json").read_text())
         assert [run["seed"] for run in kept["runs"]] == [0, 1, 2]

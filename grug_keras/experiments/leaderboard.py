@@ -52,6 +52,7 @@ def _row(entry, runs):
 
     last = runs[-1]
     flops = last["flops_per_token"] and last["tokens"] and last["flops_per_token"] * last["tokens"]
+    bits = [run["bits_per_byte"] for run in runs]
     known = mean("bits_per_byte") is not None
     return {
         "rank": None,
@@ -59,7 +60,8 @@ def _row(entry, runs):
         "bucket": entry.fields.get("Bucket"),
         "status": entry.status,
         "bits": mean("bits_per_byte"),
-        "spread": spread([run["bits_per_byte"] for run in runs]) if known else None,
+        "spread": spread(bits) if known else None,
+        "deviation": statistics.stdev(bits) if len(bits) > 1 and known else None,
         "n": len(runs),
         "size": last["size"],
         "steps": last["steps"],
@@ -148,21 +150,39 @@ def write(repository):
 def _draw(tables, path):
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(8, 4.6 * len(tables)), layout="constrained")
-    panels = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
-    for axes, ((data, tokenizer), table) in zip(panels, tables.items(), strict=True):
-        known = [row for row in table if row["bits"] is not None and row["flops"]]
-        for row in known:
-            axes.plot(row["flops"], row["bits"], "o", markersize=5, label=_label(row))
-        front = pareto([(row["flops"], row["bits"]) for row in known])
-        axes.plot(*zip(*front, strict=True), color="0.4", linewidth=1, linestyle="--", zorder=0,
-                  label="Pareto front")  # fmt: skip
-        axes.set_xlabel("FLOPs of the training")
-        axes.set_ylabel("bits per byte (validation)")
-        axes.set_title(f"{data}, tokens of {tokenizer}", fontsize=9)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure = matplotlib.figure.Figure(figsize=(11, 4.6 * len(tables)), layout="constrained")
+    panels = figure.subplots(len(tables), 2, squeeze=False, sharey="row")
+    for row, ((data, tokenizer), table) in zip(panels, tables.items(), strict=True):
+        for axes, cost, name in zip(
+            row, ("flops", "seconds"), ("FLOPs of the training", "training seconds"), strict=True
+        ):
+            _draw_panel(axes, [r for r in table if r["bits"] is not None and r[cost]], cost)
+            axes.set_xlabel(name)
+        row[0].set_ylabel("bits per byte (validation)")
+        row[0].set_title(f"{data}, tokens of {tokenizer}", fontsize=9)
+        row[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def _draw_panel(axes, rows, cost):
+    import matplotlib.ticker
+
+    for row in rows:
+        axes.errorbar(
+            row[cost], row["bits"], yerr=row["deviation"], fmt="o", markersize=5, capsize=2,
+            label=_label(row),
+        )  # fmt: skip
+    front = pareto([(row[cost], row["bits"]) for row in rows])
+    axes.plot(*zip(*front, strict=True), color="0.4", linewidth=1, linestyle="--", zorder=0,
+              label="Pareto front")  # fmt: skip
+    costs = [row[cost] for row in rows]
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    # Costs that are nearly equal should look so.
+    axes.set_xlim(min(costs) / 1.5, max(costs) * 1.5)
+    axes.grid(alpha=0.3)
 
 
 def _label(row):

@@ -101,12 +101,13 @@ class Recorded:
 def verdict_line(comparison):
     """A comparison in a line."""
     found = comparison["bits_per_byte"]
-    text = f"{found['verdict']}: {found['difference']:+.4f} bits per byte"
+    text = f"{found['verdict']}: {found['difference']:+.4f} bits per byte against "
+    text += comparison["a"]["id"]
     if found["low"] is not None:
         text += f" ({found['confidence']:.0%} {found['low']:+.4f} to {found['high']:+.4f}, "
         text += f"p = {found['p_t']:.2g}, {found['n']} seeds)"
     return (
-        f"{text} than {comparison['a']['id']} at equal {comparison['match']}, "
+        f"{text} at equal {comparison['match']}; "
         f"{times(comparison['time_ratio'])} its time, "
         f"{times(comparison['flops_ratio'])} its FLOPs"
     )

@@ -72,6 +72,16 @@ model.save("model.keras")
     assert python(f"import os; os.chdir({str(tmp_path)!r})\n{load}", tmp_path) == "True"
 
 
+def test_differences_in_the_readme_are_those_of_the_archive():
+    """The archive's own are held to the committed results."""
+    signed = re.compile(r"[+-]\d\.\d{4}\b")
+    verdicts = re.findall(r"^- Verdict: .*$", (ROOT / "docs" / "archive.md").read_text(), re.M)
+    known = {number for verdict in verdicts for number in signed.findall(verdict)}
+    quoted = set(signed.findall((ROOT / "README.md").read_text()))
+    assert len(quoted) >= 9
+    assert quoted <= known
+
+
 def test_speedruns_stay_short_and_the_core_stays_small():
     for script in (ROOT / "speedruns").glob("*.py"):
         assert len(script.read_text().splitlines()) <= 150, script

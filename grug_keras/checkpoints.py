@@ -325,9 +325,8 @@ class _Files:
     def _delete_old(self):
         steps, losses = sorted(self.steps()), {}
         for step in steps:
-            with contextlib.suppress(
-                ValueError, KeyError, OSError
-            ):  # a damaged one is not the best
+            # A damaged one is not the best.
+            with contextlib.suppress(ValueError, KeyError, OSError):
                 losses[step] = self.manifest(step)["loss"]
         losses = {step: loss for step, loss in losses.items() if loss is not None}
         best = min(losses, key=losses.get) if losses else None

@@ -235,6 +235,8 @@ def compare_command(a, b, options, seeds, match, out):
         stems = [pathlib.Path(script).stem for script in (a, b)]
         out = found.root / "runs" / f"{stems[0]}-vs-{stems[1]}-{match}"
     comparison = Comparison(out, a, b, root=found.root, options=options, match=match, progress=True)
+    if comparison.plan["dirty"]:
+        click.echo("this tree is of no commit: what it shows cannot be recorded", err=True)
     result = comparison.run(seeds)
     click.echo(as_text(result))
     click.echo(f"picture, numbers and runs: {out}")
@@ -262,7 +264,7 @@ def leaderboard_command():
         click.echo(path)
 
 
-# Seconds, not minutes: what a change to an experiment or to the archive can break.
+# About a minute: what a change to an experiment or to the archive can break.
 FAST_TESTS = tuple(f"tests/test_{name}.py" for name in ("archive", "compare", "package", "paired"))
 
 

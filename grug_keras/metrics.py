@@ -126,9 +126,8 @@ class Meter(keras.callbacks.Callback):
             sink.log(self.steps_done, {k: v for k, v in values.items() if v is not None})
         if self.bad_step is None and not math.isfinite(self.last_loss):
             self.bad_step = step
-            if (
-                process()[1] == 1
-            ):  # several would not stop after the same step; they go on to the end
+            # Several processes would not stop after the same step: they go on to the next halt.
+            if process()[1] == 1:
                 self._model.stop_training = True  # `self.model` would copy the weights back
         due = self.steps_done % self.report_every == 0
         if due:

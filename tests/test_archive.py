@@ -98,7 +98,7 @@ def run_record(repository, folder="runs/one", **changes):
     run = {
         "schema": 3, "id": pathlib.Path(folder).name, "experiment": "grugformer_sink",
         "status": "finished", "started": "2026-01-01T00:00:00+00:00", "command":
-        "python /somewhere/speedruns/grugformer_sink.py --steps 3 --out /tmp/x --resume --seed 1",
+        "python elsewhere/speedruns/grugformer_sink.py --steps 3 --out there --resume --seed 1",
         "commit": repository.head(), "dirty": False, "size": "smoke", "seed": 1,
         "recipe": {"steps": 3}, "optimizer": "Muon", "dtype": "float32", "packing": "stream",
         "data": {"name": "python_stdlib", "sha256": "d" * 64},
@@ -447,7 +447,7 @@ def test_a_board_ranks_no_missing_number_and_mixes_no_two_texts(repository):
 
 
 def test_commands_are_kept_without_where_they_put_things():
-    command = "python /a/b.py --out runs --steps 3 --resume --seed=1 --out=x --resume r --batch 2"
+    command = "python a/b.py --out runs --steps 3 --resume --seed=1 --out=x --resume r --batch 2"
     assert portable_command(command, "s/b.py") == "python s/b.py --steps 3 --seed=1 --batch 2"
 
 

@@ -168,6 +168,8 @@ def test_equal_seconds_are_measured_first(root):
     [
         ({"options": ["--seed", "3"]}, "--seed is for `grug compare` to give"),
         ({"options": ["--out=x"]}, "--out=x is for `grug compare` to give"),
+        ({"options": ["--steps", "few"]}, "--steps must be a positive integer, got 'few'"),
+        ({"options": ["--batch=0"]}, "--batch must be a positive integer, got '0'"),
         ({"match": "joy"}, "match must be one of tokens, seconds, got 'joy'"),
         ({"options": ["--size", "130m"]}, "--size 130m: speedruns/a.py has smoke"),
         ({"options": ["--steps", "7"]}, "holds a comparison with options \\[\\], not .*--out"),

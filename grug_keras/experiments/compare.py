@@ -82,9 +82,9 @@ class Comparison:
             if size not in known:
                 raise ValueError(f"--size {size}: {script} has {', '.join(known)}")
             recipes[side] = known[size]
-        batch = {side: int(_option(self.options[side], "--batch") or recipe.batch_size)
+        batch = {side: _number(self.options[side], "--batch") or recipe.batch_size
                  for side, recipe in recipes.items()}  # fmt: skip
-        steps = int(_option(self.options["a"], "--steps") or recipes["a"].steps)
+        steps = _number(self.options["a"], "--steps") or recipes["a"].steps
         if self.match == "tokens" and steps * batch["a"] % batch["b"]:
             raise ValueError(
                 f"match=tokens: {steps} steps of {batch['a']} sequences are no whole number of "
@@ -301,6 +301,16 @@ def _get(record, name):
     for part in name.split("."):
         record = record[part]
     return record
+
+
+def _number(options, name):
+    """The value of an option that is a positive integer, or None."""
+    value = _option(options, name)
+    if value is None:
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return int(value)
 
 
 def _option(options, name):

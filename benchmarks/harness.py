@@ -19,9 +19,9 @@ os.environ["KERAS_BACKEND"] = "jax"
 import click
 from grug_keras import GrugConfig
 from grug_keras.data import TokenBatches, load_data
-from grug_keras.experiments.scripts import load_speedrun
-from grug_keras.interrupt import StopOnInterrupt
-from grug_keras.metrics import Meter
+from grug_keras.experiments.script import load_speedrun
+from grug_keras.training.interrupts import StopOnInterrupt
+from grug_keras.training.meter import Meter
 import jax
 import keras
 

@@ -1,18 +1,17 @@
-"""What the TPU compiler makes of attention: static cycles and memory, without a TPU.
+"""Compiles attention for every TPU kind, without a TPU: static cycles and memory.
 
     python benchmarks/tpu_attention.py [--json tpu_attention.json]
 
-Forward and backward pass of one example of 8192 positions in bfloat16, 16 query and 8 key heads of
-128. Needs libtpu (`pip install "jax[tpu]"`). The estimate is the bundles of a step of each kernel
-times its visits, which leaves out waiting for memory and steps that find nothing to do, and the
-compiler's cycles for the rest; grug_keras/tpu.py says how such figures compare with real chips.
-The numbers are in docs/attention.md.
+A forward and a backward pass of one example of 8192 positions in bfloat16, with 16 query and 8 key
+heads of 128. Needs libtpu (`pip install "jax[tpu]"`). The estimate adds the compiler's cycles to
+the bundles of a grid step of each kernel times the blocks that it visits; waiting for memory and
+grid steps that skip their block do not count. grug_keras/tpu/hlo.py says how such figures compare
+with real chips. The numbers are in docs/attention.md.
 """
 
 import json
 import os
 import pathlib
-import tempfile
 
 os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
 
@@ -34,7 +33,7 @@ CASES = {  # window, documents, largest block, blocks of columns that the fused 
 }
 
 
-def measure(folder, kind, window, documents, largest_block, fused_blocks):
+def measure(kind, window, documents, largest_block, fused_blocks):
     block_plan.LARGEST_BLOCK = largest_block
     block_plan.FUSED_COLUMN_BLOCKS = fused_blocks
     jax.clear_caches()
@@ -49,7 +48,7 @@ def measure(folder, kind, window, documents, largest_block, fused_blocks):
     arguments = [jax.ShapeDtypeStruct((1, LENGTH, n, HEAD_DIM), jnp.bfloat16) for n in heads]
     arguments.append(jax.ShapeDtypeStruct((1, LENGTH), jnp.int32))
     compiled = tpu.compile_for(jax.grad(loss, (0, 1, 2)), arguments, kind)
-    kernels, other = tpu.kernel_cycles(folder), tpu.static_cycles(compiled.as_text())
+    kernels, other = tpu.kernel_cycles(), tpu.static_cycles(compiled.as_text())
     grid = Grid.of(rules.with_segment_ids(ids) if documents > 1 else rules, LENGTH, LENGTH)
     plan = plan_blocks(grid, (jnp.asarray(ids),) * 2 if documents > 1 else None)
     visits = int(plan.by_row[1].sum())
@@ -76,12 +75,11 @@ def plan_microseconds(kind):
     "--json", "path", type=click.Path(path_type=pathlib.Path), help="Write the rows here."
 )
 def main(path):
-    folder = tempfile.TemporaryDirectory()  # removed at exit
-    tpu.record_kernels(folder.name)
+    tpu.record_kernels()
     rows = []
     for kind in tpu.CHIPS:
         for case, options in CASES.items():
-            row = measure(folder.name, kind, *options)
+            row = measure(kind, *options)
             print(
                 f"{kind:6} {case:27} {row['milliseconds']:6.2f} ms  {row['visits']:4} of "
                 f"{row['pairs']:4} blocks  {row['temporary_mib']:4} MiB  bundles "

@@ -1,4 +1,4 @@
-"""How compile time grows with depth: 6 and 24 layers of the 520m size, in turns.
+"""Measures how compile time grows with depth: 6 and 24 layers of the 520m size, in turns.
 
     python benchmarks/tpu_compile_time.py [--turns 3] [--no-remat]
 
@@ -15,8 +15,8 @@ os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
 
 import click
 from grug_keras import GrugConfig
-from grug_keras.compile_report import compile_report
-from grug_keras.experiments.scripts import load_speedrun
+from grug_keras.experiments.script import load_speedrun
+from grug_keras.tpu.report import compile_report
 import jax
 import keras
 

@@ -1,17 +1,16 @@
-"""What the TPU compiler makes of the fused loss: static cycles and memory, without a TPU.
+"""Compiles the fused loss for TPUs, without a TPU: static cycles and memory.
 
     python benchmarks/tpu_cross_entropy.py [--json tpu_cross_entropy.json]
 
-Needs libtpu (`pip install "jax[tpu]"`). Estimates rank programs and guard against regressions;
-grug_keras/tpu.py says how they compare with real chips. A step of a Pallas kernel counts its
-instructions, or the time that its share of HBM traffic takes if that is longer. The numbers are
-in docs/cross_entropy.md.
+Needs libtpu (`pip install "jax[tpu]"`). The estimates rank programs and guard against regressions;
+grug_keras/tpu/hlo.py says how they compare with real chips. A grid step of a Pallas kernel counts
+its instruction bundles, or the time of its HBM traffic if that is longer. The numbers are in
+docs/cross_entropy.md.
 """
 
 import json
 import os
 import pathlib
-import tempfile
 import time
 
 os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
@@ -50,7 +49,7 @@ CASES = [
 
 
 def kernels_total(kind, T, D, V, chunk_size, cycles):
-    """Cycles of all steps of the kernels."""
+    """Adds up the cycles of all grid steps of the kernels."""
     size, tile = block_sizes(T, D, V, chunk_size)
     head, exponentials, tops = 2 * D * tile, 2 * size * tile, 4 * size * LANES
     traffic = {
@@ -64,7 +63,7 @@ def kernels_total(kind, T, D, V, chunk_size, cycles):
     return -(-T // size) * -(-V // tile) * a_step
 
 
-def measure(folder, kind, T, D, V, implementation, chunk_size, with_gradients):
+def measure(kind, T, D, V, implementation, chunk_size, with_gradients):
     def loss(hidden, lm_head, labels):
         return ops.fused_linear_cross_entropy(
             hidden, lm_head, labels, implementation=implementation, chunk_size=chunk_size
@@ -77,7 +76,7 @@ def measure(folder, kind, T, D, V, implementation, chunk_size, with_gradients):
     seconds = time.perf_counter() - begin
     text = compiled.as_text()
     cycles = tpu.static_cycles(text)
-    kernels = tpu.kernel_cycles(folder)
+    kernels = tpu.kernel_cycles()
     if kernels:
         cycles += kernels_total(kind, T, D, V, chunk_size, kernels)
     return {
@@ -95,12 +94,11 @@ def measure(folder, kind, T, D, V, implementation, chunk_size, with_gradients):
     "--json", "path", type=click.Path(path_type=pathlib.Path), help="Write the rows here."
 )
 def main(path):
-    folder = tempfile.TemporaryDirectory()  # removed at exit
-    tpu.record_kernels(folder.name)
+    tpu.record_kernels()
     rows = []
     for case in CASES:
         kind, T, D, V, implementation, chunk_size, with_gradients = case
-        row = measure(folder.name, *case)
+        row = measure(*case)
         what = "gradients" if with_gradients else "loss alone"
         print(
             f"{kind:6} ({T}, {D}, {V}) {implementation:9} chunk {chunk_size or 'auto':>5} "

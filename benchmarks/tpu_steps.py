@@ -1,4 +1,4 @@
-"""The tables of docs/tpu.md: what each size takes on which TPU slice, without a TPU.
+"""Makes the table of docs/tpu.md: what each size takes on which TPU slice, without a TPU.
 
     python benchmarks/tpu_steps.py [--only 130m] [--json tpu_steps.json]
 
@@ -42,7 +42,7 @@ TITLES += ["step", "tokens/s", "MFU", "sent", "compile"]
 
 
 def measure(size, topology, batch, options):
-    command = [sys.executable, "-m", "grug_keras.cli", "compile", STARTER, "--json"]
+    command = [sys.executable, "-m", "grug_keras", "compile", STARTER, "--json"]
     command += ["--size", size, "--topology", topology, "--batch", batch, *options.split()]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode not in (0, 1) or not done.stdout:

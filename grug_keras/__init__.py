@@ -4,13 +4,12 @@ from grug_keras.backend import choose_backend
 
 choose_backend()  # before anything imports Keras
 
-from grug_keras import ops, sharding  # noqa: E402
+from grug_keras import distribution, ops  # noqa: E402
 from grug_keras.attention import CausalSelfAttention  # noqa: E402
+from grug_keras.block import MLP, Block  # noqa: E402
 from grug_keras.config import GrugConfig  # noqa: E402
-from grug_keras.model import MLP, Block, Grugformer, LMHead  # noqa: E402
-from grug_keras.muon import Muon  # noqa: E402
-from grug_keras.optax_optimizer import OptaxOptimizer  # noqa: E402
-from grug_keras.schedule import Trapezoid  # noqa: E402
+from grug_keras.model import Grugformer, LMHead  # noqa: E402
+from grug_keras.optimizers import Muon, OptaxOptimizer, Trapezoid  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +22,6 @@ __all__ = [
     "Muon",
     "OptaxOptimizer",
     "Trapezoid",
+    "distribution",
     "ops",
-    "sharding",
 ]

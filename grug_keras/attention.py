@@ -56,11 +56,11 @@ class CausalSelfAttention(GrugLayer):
         return keras.ops.reshape(self.o_proj(rows), keras.ops.shape(x))
 
     def heads(self, x, positions, attention_mask):
-        """What every head reads, before it is projected; the place to try a gate.
+        """Computes the output of every head, before it is projected; the place to try a gate.
 
         Args:
             x: float tensor `(B, S, D)`.
-            positions, attention_mask: as of a call.
+            positions, attention_mask: as in a call.
 
         Returns:
             Float tensor `(B, S, N, H)`.
@@ -69,7 +69,7 @@ class CausalSelfAttention(GrugLayer):
         mask = attention_mask
         if mask is None:
             mask = ops.AttentionMask(sliding_window=self.config.sliding_window)
-        # Matrices of tokens: XLA on CPU is slower on 3-D products (benchmarks/cpu_layout.py).
+        # 2-D products of all tokens: XLA on CPU is slower on 3-D ones (benchmarks/cpu_layout.py).
         rows = keras.ops.reshape(x, (-1, D))
         q = keras.ops.reshape(self.q_proj(rows), (B, S, self.num_heads, self.head_dim))
         k = keras.ops.reshape(self.k_proj(rows), (B, S, self.num_kv_heads, self.head_dim))

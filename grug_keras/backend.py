@@ -3,13 +3,14 @@
 This module imports Keras only inside its functions: the choice must come before.
 """
 
+import functools
 import json
 import os
 import pathlib
 import sys
 
-# What Keras writes into a new keras.json, whatever backend runs, and TensorFlow too when
-# anything imports it: nobody's choice.
+# What Keras writes into a new keras.json whatever backend runs, and TensorFlow when it is
+# imported: no choice of a person.
 _UNTOUCHED = {
     "floatx": "float32",
     "epsilon": 1e-07,
@@ -38,8 +39,14 @@ def choose_backend():
     else:
         _reason = "the default of grug_keras; set KERAS_BACKEND to choose another"
         os.environ["KERAS_BACKEND"] = "jax"
-        print(describe_backend(), file=sys.stderr)
+        announce_backend()
     _import_keras_without_leaving(settings)
+
+
+@functools.cache
+def announce_backend():
+    """Says on stderr, once in a process, which backend runs."""
+    print(describe_backend(), file=sys.stderr, flush=True)
 
 
 def describe_backend():
@@ -52,7 +59,7 @@ def describe_backend():
 
 
 def _settings_path():
-    """Where Keras looks for its settings file."""
+    """Returns the path where Keras looks for its settings file."""
     home = os.environ.get("KERAS_HOME")
     if home is None:
         base = os.path.expanduser("~")
@@ -61,7 +68,7 @@ def _settings_path():
 
 
 def _is_edited(settings):
-    """Whether a settings file holds more than the software's own defaults."""
+    """Whether a settings file differs from what Keras writes by itself."""
     try:
         found = json.loads(settings.read_text())
     except FileNotFoundError:
@@ -72,7 +79,7 @@ def _is_edited(settings):
 
 
 def _import_keras_without_leaving(settings):
-    """Imports Keras, and takes away the settings file if this very import wrote it.
+    """Imports Keras, and deletes the settings file if this import has written it.
 
     Keras writes one that names TensorFlow, whatever backend runs: left there, it would look
     like the user's own choice on the next start.

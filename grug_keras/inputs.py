@@ -1,11 +1,11 @@
-"""What a model accepts, checked: token ids, documents and labels that fit its config."""
+"""Checks of what a model is given: token ids, documents and labels that fit its config."""
 
 import keras
 import numpy as np
 
 
-def unpack(config, inputs):
-    """Token ids, segment ids and positions of a call, checked."""
+def unpack_inputs(config, inputs):
+    """Returns the token ids, segment ids and positions of a call, after checking them."""
     if not isinstance(inputs, dict):
         inputs = {"token_ids": inputs}
     unknown = set(inputs) - {"token_ids", "segment_ids", "positions"}
@@ -39,19 +39,19 @@ def check_data(config, where, x, y=None, weights=None, batch_size=None, accumula
     Arrays are checked whole, a `PyDataset` by its first batch; other datasets are met by
     the same checks when the step is traced.
     """
-    whole = isinstance(x, keras.utils.PyDataset)
-    if whole:
+    is_batch = isinstance(x, keras.utils.PyDataset)
+    if is_batch:
         x, y, weights = keras.utils.unpack_x_y_sample_weight(x[0])
     if not isinstance(x, dict) and not hasattr(x, "shape"):
         return
     number = len(x["token_ids"] if isinstance(x, dict) and "token_ids" in x else x)
-    size = number if whole else min(batch_size or 32, number)
+    size = number if is_batch else min(batch_size or 32, number)
     for rows in (size, number % max(size, 1)):
         if rows % accumulate:
             raise ValueError(f"accumulate={accumulate} must divide the batch of {rows} rows")
     if y is None:
         raise ValueError(f"{where} needs y, the labels (the tokens shifted by one), got None")
-    token_ids, *_ = unpack(config, x)
+    token_ids, *_ = unpack_inputs(config, x)
     y = keras.ops.convert_to_numpy(y)
     shape = tuple(token_ids.shape)
     if y.shape != shape or not np.issubdtype(y.dtype, np.integer):

@@ -1,4 +1,4 @@
-"""What the layers share: a GrugConfig that serialises, bias-free projections, one init."""
+"""The base class of the layers: configuration, projections, norms and initial values."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ class GrugLayer(keras.layers.Layer):
         self.config = GrugConfig.of(config)
 
     def dense(self, units, name):
-        """A bias-free projection: its 2-D kernel is what Muon, LoRA and quantization expect."""
+        """Returns a projection without bias: Muon, LoRA and quantization expect its 2-D kernel."""
         return keras.layers.Dense(
             units,
             use_bias=False,
@@ -32,6 +32,7 @@ class GrugLayer(keras.layers.Layer):
         )
 
     def rms_norm(self, name):
+        """Returns an RMS normalisation of the last axis."""
         return keras.layers.RMSNormalization(
             epsilon=self.config.rms_norm_eps, name=name, dtype=self.dtype_policy
         )
@@ -41,5 +42,5 @@ class GrugLayer(keras.layers.Layer):
 
 
 def initializer(config):
-    """A fresh initializer whose samples have standard deviation `config.initializer_std`."""
+    """Returns a new initializer whose samples have standard deviation `config.initializer_std`."""
     return keras.initializers.TruncatedNormal(stddev=config.initializer_std / _TRUNCATED_STD)

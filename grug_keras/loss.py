@@ -5,7 +5,7 @@ import keras
 
 
 def next_token_loss(hidden, lm_head, labels, weights, **options):
-    """Token-weighted mean loss of a batch and the weight it stands for.
+    """Computes the token-weighted mean loss of a batch, and the sum of its weights.
 
     Args:
         hidden: float tensor `(B, S, D)`, the model's last hidden states.
@@ -29,7 +29,7 @@ def next_token_loss(hidden, lm_head, labels, weights, **options):
 
 
 def _token_weights(weights, labels):
-    """Weights as float32 `(B, S)`; Keras users may give one weight per sequence."""
+    """Returns the weights as float32 `(B, S)`; Keras users may give one weight per sequence."""
     if weights is None:
         return keras.ops.ones_like(labels, dtype="float32")
     weights = keras.ops.cast(weights, "float32")

@@ -3,87 +3,15 @@
 import dataclasses
 
 from grug_keras import ops
-from grug_keras.attention import CausalSelfAttention
+from grug_keras.block import Block
 from grug_keras.config import GrugConfig
-from grug_keras.gradients import accumulated_step, norm_of_gradients
-from grug_keras.inputs import check_data, check_ids, unpack
+from grug_keras.distribution import Sharding, split_batch
+from grug_keras.inputs import check_data, check_ids, unpack_inputs
 from grug_keras.layer import GrugLayer, initializer
 from grug_keras.loss import next_token_loss
-from grug_keras.sharding import Sharding, split_batch
 from grug_keras.stack import run_blocks
+from grug_keras.train_step import train_step
 import keras
-
-
-@keras.saving.register_keras_serializable(package="grug_keras")
-class MLP(GrugLayer):
-    """SwiGLU: `down(silu(gate(x)) * up(x))` (Shazeer, https://arxiv.org/abs/2002.05202).
-
-    Args:
-        config: `GrugConfig`.
-
-    Call arguments:
-        x: float tensor `(..., D)`.
-
-    Returns:
-        Float tensor `(..., D)`.
-    """
-
-    def __init__(self, config, **kwargs):
-        super().__init__(config, **kwargs)
-        self.gate_proj = self.dense(self.config.intermediate_dim, "gate_proj")
-        self.up_proj = self.dense(self.config.intermediate_dim, "up_proj")
-        self.down_proj = self.dense(self.config.hidden_dim, "down_proj")
-
-    def build(self, input_shape):
-        self.gate_proj.build(input_shape)
-        self.up_proj.build(input_shape)
-        self.down_proj.build((*input_shape[:-1], self.config.intermediate_dim))
-
-    def call(self, x):
-        rows = keras.ops.reshape(x, (-1, self.config.hidden_dim))
-        gated = keras.ops.silu(self.gate_proj(rows)) * self.up_proj(rows)
-        return keras.ops.reshape(self.down_proj(gated), keras.ops.shape(x))
-
-
-@keras.saving.register_keras_serializable(package="grug_keras")
-class Block(GrugLayer):
-    """A pre-norm residual block: attention, then MLP.
-
-    To try another attention or MLP, subclass it and set `attention_class` or `mlp_class`.
-
-    Args:
-        config: `GrugConfig`.
-
-    Call arguments:
-        x: float tensor `(B, S, D)`.
-        positions: int tensor `(S,)` or `(B, S)`.
-        attention_mask: `ops.AttentionMask`.
-
-    Returns:
-        Float tensor `(B, S, D)`.
-    """
-
-    attention_class = CausalSelfAttention
-    mlp_class = MLP
-
-    def __init__(self, config, **kwargs):
-        super().__init__(config, **kwargs)
-        self.attention_norm = self.rms_norm("attention_norm")
-        self.attention = self.attention_class(
-            self.config, name="attention", dtype=self.dtype_policy
-        )
-        self.mlp_norm = self.rms_norm("mlp_norm")
-        self.mlp = self.mlp_class(self.config, name="mlp", dtype=self.dtype_policy)
-
-    def build(self, input_shape):
-        for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp):
-            layer.build(input_shape)
-
-    def call(self, x, positions=None, attention_mask=None):
-        x = x + self.attention(
-            self.attention_norm(x), positions=positions, attention_mask=attention_mask
-        )
-        return x + self.mlp(self.mlp_norm(x))
 
 
 @keras.saving.register_keras_serializable(package="grug_keras")
@@ -224,19 +152,19 @@ class Grugformer(keras.Model):
         check_data(self.config, "evaluate", x, y, kwargs.get("sample_weight"))
         return super().evaluate(x, y, *args, **kwargs)
 
-    def call(self, inputs):
-        token_ids, segment_ids, positions = unpack(self.config, inputs)
+    def call(self, inputs, training=None):
+        token_ids, segment_ids, positions = unpack_inputs(self.config, inputs)
         mask = ops.AttentionMask(sliding_window=self.config.sliding_window)
         if segment_ids is not None:
-            mask = mask.with_segment_ids(segment_ids)
+            mask = ops.plan_documents(mask.with_segment_ids(segment_ids))
 
         x = split_batch(self.token_embedding(token_ids))
         x = run_blocks(self.blocks, x, self.config.remat, positions=positions, attention_mask=mask)
         return self.final_norm(x)
 
-    def compute_output_spec(self, inputs):
+    def compute_output_spec(self, inputs, training=None):
         """Shape and dtype of a symbolic call, without tracing one with a made-up length."""
-        token_ids, *_ = unpack(self.config, inputs)
+        token_ids, *_ = unpack_inputs(self.config, inputs)
         shape = (*token_ids.shape, self.config.hidden_dim)
         return keras.KerasTensor(shape, dtype=self.compute_dtype)
 
@@ -244,7 +172,7 @@ class Grugformer(keras.Model):
         """Next-token logits, for sampling.
 
         Args:
-            inputs: as of a call.
+            inputs: as in a call.
 
         Returns:
             Float tensor `(B, S, V)`.
@@ -252,7 +180,7 @@ class Grugformer(keras.Model):
         return self.head(self(inputs))
 
     def head(self, hidden):
-        """Logits of hidden states; what is done to them here, `token_mean_loss` must do as well.
+        """Computes the logits of hidden states; `token_mean_loss` must be the loss of these logits.
 
         Args:
             hidden: float tensor `(..., D)`.
@@ -275,9 +203,10 @@ class Grugformer(keras.Model):
 
         Args:
             optimizer: str or `keras.optimizers.Optimizer`.
-            loss, metrics, weighted_metrics: refused: they would be given hidden states as
+            loss, metrics, weighted_metrics: refused, since they would see hidden states as
                 predictions.
-            accumulate: int, parts that a batch is taken in, to need memory for one of them.
+            accumulate: int, number of parts of a batch that are computed one after the other, so
+                that the activations of one part alone are in memory.
             **kwargs: `jit_compile`, `run_eagerly`, `steps_per_execution`, ...
         """
         given = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics}
@@ -295,14 +224,7 @@ class Grugformer(keras.Model):
 
     def train_step(self, *arguments):
         """A Keras training step; its logs also have `gradient_norm`, of all gradients at once."""
-        if self.accumulate > 1:
-            return accumulated_step(self, arguments, self.accumulate)
-        with norm_of_gradients(self.optimizer) as norms:
-            result = super().train_step(*arguments)
-        if keras.config.backend() == "jax":
-            logs, state = result
-            return {**logs, "gradient_norm": norms[0]}, state
-        return {**result, "gradient_norm": norms[0]}
+        return train_step(self, arguments, self.accumulate)
 
     def get_compile_config(self):
         return {**(super().get_compile_config() or {}), "accumulate": self.accumulate}
@@ -315,7 +237,7 @@ class Grugformer(keras.Model):
             self.optimizer.build(self.trainable_variables)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The loss of a batch, as Keras asks for it.
+        """Computes the loss of a batch; Keras calls it.
 
         Args:
             x: inputs of the call.
@@ -337,11 +259,11 @@ class Grugformer(keras.Model):
         return loss + sum(self.losses)
 
     def token_mean_loss(self, hidden, labels, weights):
-        """The objective; the place to try another one.
+        """Computes the objective; the place to try another one.
 
-        Evaluation uses it too, and bits per byte are made of it: it must be the likelihood of
-        the labels under `head`. A penalty that is none, such as a z-loss, would spoil the score:
-        add it in `compute_loss` where `training` is true.
+        Evaluation and bits per byte use it too: it must be the negative log-likelihood of the
+        labels under the logits of `head`. A penalty, such as a z-loss, would spoil that score: add
+        it in `compute_loss`, where `training` is true.
 
         Args:
             hidden: float tensor `(B, S, D)`.
@@ -349,12 +271,12 @@ class Grugformer(keras.Model):
             weights: float tensor `(B, S)` or `(B,)`, or None.
 
         Returns:
-            Pair of float32 scalars: mean loss, and the total weight it stands for.
+            Pair of float32 scalars: mean loss, and the sum of the weights.
         """
         return next_token_loss(hidden, self.lm_head.kernel, labels, weights)
 
     def get_metrics_result(self):
-        """`loss`: mean over all tokens so far. In training also `batch_loss`, of this step."""
+        """Returns `loss`, the mean over all tokens so far, and in training `batch_loss`, of this step."""
         logs = {"loss": self.token_loss.result()}
         if getattr(self, "_report_batch_loss", False):
             logs["batch_loss"] = self.batch_loss.result()
@@ -369,7 +291,7 @@ class Grugformer(keras.Model):
 
 
 def _registered_class(name):
-    """The block class of a saved model: a core class, a registered one, or a custom object."""
+    """Returns the block class of a saved model, from the registered classes and custom objects."""
     found = keras.saving.get_registered_object(name)
     if found is None:
         raise ValueError(

@@ -1,16 +1,20 @@
-"""Runs a model's blocks one after another: as written, or on JAX as one loop over them.
+"""Runs a model's blocks one after another.
 
-A loop compiles once what the blocks have in common, however many there are. Written out, the
-compiler may overlap them and keep each one's activations where they are made; a loop copies what
-it keeps. So the loop is for blocks that are recomputed in the backward pass and keep nothing but
-their input.
+The contract: the numbers are those of `for block in blocks: x = block(x)`. Replace `run_blocks` by
+that loop and only compile time and memory change.
+
+On JAX, blocks that are recomputed in the backward pass (`remat`) run as one `scan` over their
+stacked weights if they are one program: XLA then compiles one block instead of all. Whether they
+are one program is found by tracing the forward and backward pass of each block and comparing the
+traces; where they differ, the blocks are written out, with a warning. Blocks without remat are
+always written out: a scan would copy the activations that it keeps.
 """
 
 import re
 from typing import NamedTuple
 import warnings
 
-from grug_keras.sharding import gather, split_batch
+from grug_keras.distribution import gather, split_batch
 import keras
 import numpy as np
 
@@ -22,15 +26,15 @@ def run_blocks(blocks, x, remat, **arguments):
 
     Args:
         blocks: list of built layers.
-        x: tensor, input of the first.
+        x: float tensor `(B, S, D)`, input of the first block.
         remat: bool, whether to recompute each block in the backward pass.
-        **arguments: of every block's call.
+        **arguments: further arguments of each block's call.
 
     Returns:
-        Tensor, output of the last.
+        Float tensor `(B, S, D)`, output of the last block.
     """
     if remat and keras.config.backend() == "jax" and len(blocks) > 1:
-        values = _AsStored(blocks)(x)
+        values = _StoredValues(blocks)(x)
         program = _common_program(blocks, values, x, arguments)
         if program is not None:
             return _loop(blocks, values, program, x, arguments)
@@ -52,8 +56,11 @@ def _run(block, x, remat, arguments):
     return keras.remat(run)(x) if remat else run(x)
 
 
-class _AsStored(keras.layers.Layer):
-    """The values of the blocks' weights. In the model's own call Keras would round them all."""
+class _StoredValues(keras.layers.Layer):
+    """Reads the weights of the blocks as they are stored.
+
+    In the model's own call Keras would cast every weight to the compute dtype.
+    """
 
     def __init__(self, blocks):
         super().__init__(autocast=False)
@@ -64,6 +71,7 @@ class _AsStored(keras.layers.Layer):
 
 
 def _loop(blocks, values, program, x, arguments):
+    """Scans the first block over the stacked weights of all."""
     variables = blocks[0].trainable_variables
 
     def run(x, values):
@@ -86,15 +94,21 @@ def _loop(blocks, values, program, x, arguments):
 
 
 class _Program(NamedTuple):
-    """A block's trace, to be compared."""
+    """The trace of a block, to be compared with those of the others.
+
+    Attributes:
+        text: str, the jaxpr without addresses.
+        constants: list, what the trace captured.
+        read_as: list, the dtype in which each weight may be stacked.
+    """
 
     text: str
     constants: list
-    read_as: list  # dtype of each weight
+    read_as: list
 
 
 def _common_program(blocks, values, x, arguments):
-    """The program that all blocks are, of their weights; None if they are not."""
+    """The trace that all blocks share, or None if they are not one program."""
     variables = [v for block in blocks for v in block.variables]
     # A loop would lose what a block updates, and count a penalty of its weights twice.
     if any(not v.trainable or v.regularizer is not None for v in variables):
@@ -104,7 +118,7 @@ def _common_program(blocks, values, x, arguments):
 
 
 def _trace(block, values, x, arguments):
-    """The block's forward and backward pass: derivatives may be a block's own as well."""
+    """Traces a block, forward and backward: a block may define its own derivatives."""
     import jax
 
     def both(x, values):
@@ -121,7 +135,7 @@ def _trace(block, values, x, arguments):
 
 
 def _constants(traced):
-    """What a trace captured, at any depth: its text has no values of arrays."""
+    """Yields what a trace captured, at any depth: its text does not hold the values of arrays."""
     import jax
 
     for constant in getattr(traced, "consts", ()):
@@ -138,14 +152,14 @@ def _is_program(part):
 
 
 def _read_as(traced, weight):
-    """The dtype that a block rounds a weight to first, in which it may as well travel."""
+    """The dtype of the block's first cast of a weight: the stacked copy can already use it."""
     uses = [equation for equation in traced.eqns if weight in equation.invars]
     rounded = {use.params.get("new_dtype") for use in uses}
     return rounded.pop() if len(rounded) == 1 and None not in rounded else weight.aval.dtype
 
 
 def _function(block, arguments):
-    """The block as a function of `(x, values of its weights)`: output and losses."""
+    """The block as a function of `(x, values of its weights)` that returns output and losses."""
 
     def run(x, values):
         y, _, losses = block.stateless_call(values, [], x, return_losses=True, **arguments)

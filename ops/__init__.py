@@ -6,11 +6,17 @@ from grug_keras.ops.cross_entropy import fused_linear_cross_entropy
 from grug_keras.ops.registry import implementations
 from grug_keras.ops.rotary import document_positions, rotary_embedding
 
+
+def plan_documents(mask):
+    return mask
+
+
 __all__ = [
     "AttentionMask",
     "attention",
     "document_positions",
     "fused_linear_cross_entropy",
     "implementations",
+    "plan_documents",
     "rotary_embedding",
 ]

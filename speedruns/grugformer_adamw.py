@@ -20,4 +20,4 @@ def build_optimizer(learning_rate):
 
 
 if __name__ == "__main__":
-    main(__file__, RECIPES, build_model, build_optimizer)
+    main(__file__, build_model, recipes=RECIPES, build_optimizer=build_optimizer)

@@ -6,16 +6,8 @@ https://arxiv.org/abs/2309.17453).
 Command: python speedruns/grugformer_attn_sink.py
 """
 
-from grug_keras import Block, CausalSelfAttention, Grugformer, Muon, ops
-from grug_keras.speedrun import Recipe, main
-
-RECIPES = {
-    "smoke": Recipe(steps=1000, batch_size=8, learning_rate=0.02),
-    "130m": Recipe(steps=11_760, batch_size=128, learning_rate=0.003),
-    "300m": Recipe(steps=22_861, batch_size=128, learning_rate=0.003),
-    "520m": Recipe(steps=47_883, batch_size=128, learning_rate=0.003),
-    "1_2b": Recipe(steps=57_162, batch_size=256, learning_rate=0.003),
-}
+from grug_keras import Block, CausalSelfAttention, Grugformer, ops
+from grug_keras.speedrun import main
 
 
 class SinkAttention(CausalSelfAttention):
@@ -37,15 +29,5 @@ def build_model(config):
     return Grugformer(config, block_class=SinkBlock)
 
 
-def build_optimizer(learning_rate):
-    """The starter's."""
-    return Muon(
-        learning_rate,
-        adam_lr_ratio=0.3,
-        adam_beta_2=0.95,
-        weight_decay=0.01,
-    )
-
-
 if __name__ == "__main__":
-    main(__file__, RECIPES, build_model, build_optimizer)
+    main(__file__, build_model)

@@ -6,15 +6,11 @@ https://arxiv.org/abs/2505.06708, the gate per head).
 Command: python speedruns/grugformer_gated_attention.py
 """
 
-from grug_keras import Block, CausalSelfAttention, Grugformer, Muon, sharding
-from grug_keras.speedrun import Recipe, main
+from grug_keras import Block, CausalSelfAttention, Grugformer, distribution
+from grug_keras.speedrun import main
 import keras
 
-RECIPES = {
-    "smoke": Recipe(steps=1000, batch_size=8, learning_rate=0.02),
-    "130m": Recipe(steps=11_760, batch_size=128, learning_rate=0.003),
-}
-RULES = {**sharding.RULES, r".*/gate/kernel": ("data", None)}
+RULES = {**distribution.RULES, r".*/gate/kernel": ("data", None)}
 
 
 class GatedAttention(CausalSelfAttention):
@@ -45,15 +41,5 @@ def build_model(config):
     return Grugformer(config, block_class=GatedBlock)
 
 
-def build_optimizer(learning_rate):
-    """The starter's."""
-    return Muon(
-        learning_rate,
-        adam_lr_ratio=0.3,
-        adam_beta_2=0.95,
-        weight_decay=0.01,
-    )
-
-
 if __name__ == "__main__":
-    main(__file__, RECIPES, build_model, build_optimizer, RULES)
+    main(__file__, build_model, rules=RULES)

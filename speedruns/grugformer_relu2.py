@@ -6,15 +6,10 @@ modded-nanogpt and nanochat train with it).
 Command: python speedruns/grugformer_relu2.py
 """
 
-from grug_keras import Block, Grugformer, Muon
+from grug_keras import Block, Grugformer
 from grug_keras.layer import GrugLayer
-from grug_keras.speedrun import Recipe, main
+from grug_keras.speedrun import main
 import keras
-
-RECIPES = {
-    "smoke": Recipe(steps=1000, batch_size=8, learning_rate=0.02),
-    "130m": Recipe(steps=11_760, batch_size=128, learning_rate=0.003),
-}
 
 
 class SquaredReLU(GrugLayer):
@@ -41,15 +36,5 @@ def build_model(config):
     return Grugformer(config, block_class=SquaredReLUBlock)
 
 
-def build_optimizer(learning_rate):
-    """The starter's."""
-    return Muon(
-        learning_rate,
-        adam_lr_ratio=0.3,
-        adam_beta_2=0.95,
-        weight_decay=0.01,
-    )
-
-
 if __name__ == "__main__":
-    main(__file__, RECIPES, build_model, build_optimizer)
+    main(__file__, build_model)

@@ -8,16 +8,11 @@ logits, nothing of `ops/`. So the quality should agree, and the time says what t
 Command: grug compare speedruns/grugformer_starter.py speedruns/grugformer_vs_hackable_125m.py
 """
 
-from grug_keras import Grugformer, Muon
+from grug_keras import Grugformer
 from grug_keras.layer import initializer
-from grug_keras.speedrun import Recipe, main
+from grug_keras.speedrun import main
 import keras
 from keras import layers, ops
-
-RECIPES = {
-    "smoke": Recipe(steps=1000, batch_size=8, learning_rate=0.02),
-    "130m": Recipe(steps=11_760, batch_size=128, learning_rate=0.003),
-}
 
 
 def rotate(x, positions, theta):
@@ -57,8 +52,9 @@ class HackableBlock(layers.Layer):
 
     def build(self, input_shape):
         c, wide = self.config, (*input_shape[:-1], self.config.num_heads * self.config.head_dim)
-        for layer in (self.attention_norm, self.mlp_norm, self.q_proj, self.k_proj, self.v_proj,
-                      self.gate_proj, self.up_proj):  # fmt: skip
+        for layer in (self.attention_norm, self.q_proj, self.k_proj, self.v_proj):
+            layer.build(input_shape)
+        for layer in (self.mlp_norm, self.gate_proj, self.up_proj):
             layer.build(input_shape)
         self.o_proj.build(wide)
         self.down_proj.build((*input_shape[:-1], c.intermediate_dim))
@@ -113,15 +109,5 @@ def build_model(config):
     return Hackable(config, block_class=HackableBlock)
 
 
-def build_optimizer(learning_rate):
-    """The starter's."""
-    return Muon(
-        learning_rate,
-        adam_lr_ratio=0.3,
-        adam_beta_2=0.95,
-        weight_decay=0.01,
-    )
-
-
 if __name__ == "__main__":
-    main(__file__, RECIPES, build_model, build_optimizer)
+    main(__file__, build_model)

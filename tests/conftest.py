@@ -1,9 +1,11 @@
-"""One process per backend. Plain `pytest` runs JAX here; test_backends.py starts the others."""
+"""Plain `pytest` runs JAX in this process, and the other backends in processes beside it."""
 
 import os
+import pathlib
 
 import pytest
 
+ROOT = pathlib.Path(__file__).parent.parent
 BACKEND_WAS_CHOSEN = "KERAS_BACKEND" in os.environ
 
 # The suite's own default: a keras.json of the machine must not change what plain pytest runs.
@@ -12,6 +14,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 # One process may hold libtpu: it must be the one that compiles for TPUs.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# All processes of all tests share what XLA has compiled: the smoke step compiles once.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import grug_keras  # noqa: E402
 import keras  # noqa: E402
@@ -20,6 +26,33 @@ import numpy as np  # noqa: E402
 
 def pytest_report_header(config):
     return f"keras backend: {keras.config.backend()}"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is JAX's alone elsewhere; looks at the suites of other backends last."""
+    if keras.config.backend() != "jax":
+        config.hook.pytest_deselected([item for item in items if item.get_closest_marker("jax")])
+        items[:] = [item for item in items if not item.get_closest_marker("jax")]
+    items.sort(key=lambda item: item.path.name == "test_backends.py")
+
+
+def pytest_collection_finish(session):
+    if session.config.option.collectonly or BACKEND_WAS_CHOSEN:
+        return
+    backends = [
+        item.callspec.params["backend"]
+        for item in session.items
+        if getattr(item, "originalname", "") == "test_suite_passes_on"
+    ]
+    if backends:
+        from other_backends import Suites
+
+        session.config.suites = Suites(backends, session.config.option.markexpr)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "suites"):
+        session.config.suites.stop()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -7,9 +7,10 @@ import sys
 
 os.environ.update(KERAS_BACKEND="jax", JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu")
 
-from grug_keras import sharding
-from grug_keras.experiments.scripts import load_speedrun
-from grug_keras.training_step import training_step
+from grug_keras import distribution
+from grug_keras.distribution import sharding
+from grug_keras.experiments.script import load_speedrun
+from grug_keras.tpu.step import training_step
 import keras
 from test_speedruns import CONFIG
 
@@ -20,7 +21,7 @@ sharding.LARGEST_COPY = 256
 def lower(path):
     script = load_speedrun(path)
     recipe = next(iter(script.RECIPES.values()))
-    sharding.distribute("data=4,model=2", getattr(script, "RULES", None))
+    distribution.distribute("data=4,model=2", getattr(script, "RULES", None))
     schedule = recipe.schedule()
 
     def build():

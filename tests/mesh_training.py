@@ -16,8 +16,8 @@ from grug_keras import (
     Grugformer,
     Muon,
     OptaxOptimizer,
+    distribution,
     ops,
-    sharding,
 )
 import keras
 import numpy as np
@@ -26,10 +26,10 @@ import optax
 STEPS, BATCH, SEQ_LEN = 20, 8, 288  # beyond 256 positions attention runs in blocks
 CONFIG = GrugConfig(96, 32, 48, 3, 8, 2, max_seq_len=SEQ_LEN, qk_norm=True)
 LAYOUTS = {
-    "DP": ("data=8", dict.fromkeys(sharding.RULES, (None, None))),
-    "FSDP": ("data=8", sharding.RULES),
-    "TP": ("model=8", sharding.RULES),
-    "FSDP x TP": ("data=4,model=2", sharding.RULES),
+    "DP": ("data=8", dict.fromkeys(distribution.RULES, (None, None))),
+    "FSDP": ("data=8", distribution.RULES),
+    "TP": ("model=8", distribution.RULES),
+    "FSDP x TP": ("data=4,model=2", distribution.RULES),
 }
 CASES = {  # dtype policy, remat, optimizer, parts of a batch
     "float32": ("float32", True, "muon", 1),
@@ -113,16 +113,16 @@ def message(action, *arguments, **options):
 
 
 def build_on(mesh, rules=None, block_class=Block, **changes):
-    sharding.distribute(mesh, rules)
+    distribution.distribute(mesh, rules)
     Grugformer(GrugConfig(**{**vars(CONFIG), **changes}), block_class).build()
 
 
 def errors():
-    rules = sharding.RULES
+    rules = distribution.RULES
     return {
-        "too many": message(sharding.make_mesh, "data=16"),
-        "too few": message(sharding.make_mesh, "data=2,model=2"),
-        "no fit": message(sharding.make_mesh, "data=auto,model=3"),
+        "too many": message(distribution.make_mesh, "data=16"),
+        "too few": message(distribution.make_mesh, "data=2,model=2"),
+        "no fit": message(distribution.make_mesh, "data=auto,model=3"),
         "shape": message(build_on, "data=8", hidden_dim=36, num_heads=2),
         "heads": message(build_on, "model=8", num_heads=4, head_dim=8),
         "unknown variable": message(build_on, "data=8", block_class=Other),
@@ -140,13 +140,13 @@ def errors():
 
 
 def fit_batch_of_six():
-    sharding.distribute("data=8")
-    sharding.rows(6)
+    distribution.distribute("data=8")
+    distribution.local_rows(6)
 
 
 def fit_parts_of_two():
-    sharding.distribute("data=8")
-    sharding.rows(8, 4)
+    distribution.distribute("data=8")
+    distribution.local_rows(8, 4)
 
 
 def main():
@@ -156,14 +156,14 @@ def main():
         for layout, (mesh, rules) in LAYOUTS.items():
             if case not in ("float32", "mixed") and layout != "FSDP x TP":
                 continue
-            distribution = sharding.distribute(mesh, rules)
+            sharding = distribution.distribute(mesh, rules)
             model, losses = train(*options)
             keras.distribution.set_distribution(None)
             runs[f"{layout}, {case}"] = {
                 "losses": losses,
                 "difference": float(np.max(np.abs(np.divide(losses, alone) - 1))),
                 "largest share": largest_share(model),
-                "mesh": distribution.device_mesh.shape,
+                "mesh": sharding.device_mesh.shape,
             }
     print(json.dumps({"runs": runs, "errors": errors()}))
 

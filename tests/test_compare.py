@@ -1,12 +1,13 @@
-"""Comparisons as they run: in turns, matched, resumed, refused. Scripts only pretend to train."""
+"""Comparisons: run in turns, matched, resumed, refused. Their scripts only pretend to train."""
 
 import json
 import subprocess
 
-from grug_keras.experiments.compare import Comparison, as_text
-from grug_keras.experiments.recorded import read_sealed
-from grug_keras.experiments.repository import Repository
-from grug_keras.experiments.trail import record
+from grug_keras.experiments.checkout import Checkout
+from grug_keras.experiments.compare import Comparison
+from grug_keras.experiments.comparison_summary import as_text
+from grug_keras.experiments.record import record
+from grug_keras.experiments.results_file import read_sealed
 import pytest
 
 # Writes what a run leaves behind; the score depends on the seed and, a little, on the script.
@@ -94,9 +95,8 @@ def order(root):
 
 def test_pairs_run_in_turns_and_are_compared_seed_by_seed(root):
     result = compare(root).run(3)
-    assert [(name, seed) for name, seed, *_ in order(root)] == [
-        ("a", "0"), ("b", "0"), ("b", "1"), ("a", "1"), ("a", "2"), ("b", "2"),
-    ]  # fmt: skip
+    runs = " ".join(name + seed for name, seed, *_ in order(root))
+    assert runs == "a0 b0 b1 a1 a2 b2"
     bits = result["bits_per_byte"]
     assert bits["n"] == 3
     assert bits["difference"] == pytest.approx(-0.101)
@@ -107,9 +107,11 @@ def test_pairs_run_in_turns_and_are_compared_seed_by_seed(root):
     assert kept["bits_per_byte"] == bits
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     text = as_text(result)
-    for words in ("B - A  -0.1010 bits per byte, 95% interval -0.1035 to -0.0985", "(paired t)",
-                  "(permutation), 3 pairs", "B is better than A, at equal tokens"):  # fmt: skip
-        assert words in text, text
+    assert "B - A  -0.1010 bits per byte, 95% interval -0.1035 to -0.0985" in text
+    assert "(paired t)" in text
+    assert "(permutation), 3 pairs" in text
+    assert "B takes 1.00 times A's training time, 1.00 times A's time per step and" in text
+    assert "B is better than A, at equal tokens" in text
 
 
 def test_more_seeds_run_only_what_is_missing(root):
@@ -117,7 +119,7 @@ def test_more_seeds_run_only_what_is_missing(root):
     result = compare(root).run(3)
     assert len(order(root)) == 6
     assert result["seeds"] == [0, 1, 2]
-    with pytest.raises(ValueError, match="seeds=2: .* has 3 pairs, and they count"):
+    with pytest.raises(ValueError, match="seeds=2: .* has 3 pairs: drop none"):
         compare(root).run(2)
     assert "one pair shows nothing" in as_text(compare(root).result(1))
     assert len(order(root)) == 6
@@ -125,15 +127,13 @@ def test_more_seeds_run_only_what_is_missing(root):
 
 def test_a_run_that_was_interrupted_is_named_and_goes_on(root):
     (root / "trap-b-1").touch()
-    with pytest.raises(
-        ValueError,
-        match=r"speedruns/b.py --seed 1 --steps 40.* ended with status "
-        r"130: the machine was taken away; all of it: .*seed1.log",
-    ):
-        compare(root).run(2)  # fmt: skip
+    message = r"python speedruns/b.py --seed 1 --steps 40 ended with status 130: the machine was "
+    message += r"taken away; full output: .*seed1.log"
+    with pytest.raises(ValueError, match=message):
+        compare(root).run(2)
     compare(root).run(2)
-    assert order(root)[2:] == [["b", "1", "40", "False"], ["b", "1", "40", "True"],
-                               ["a", "1", "40", "False"]]  # fmt: skip
+    runs = [" ".join(words) for words in order(root)[2:]]
+    assert runs == ["b 1 40 False", "b 1 40 True", "a 1 40 False"], "name seed steps resumed"
 
 
 def test_equal_tokens_are_other_steps_where_batches_differ(root):
@@ -166,8 +166,8 @@ def test_equal_seconds_are_measured_first(root):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"options": ["--seed", "3"]}, "--seed is for `grug compare` to give"),
-        ({"options": ["--out=x"]}, "--out=x is for `grug compare` to give"),
+        ({"options": ["--seed", "3"]}, "--seed is set by `grug compare` itself"),
+        ({"options": ["--out=x"]}, "--out=x is set by `grug compare` itself"),
         ({"options": ["--steps", "few"]}, "--steps must be a positive integer, got 'few'"),
         ({"options": ["--batch=0"]}, "--batch must be a positive integer, got '0'"),
         ({"match": "joy"}, "match must be one of tokens, seconds, got 'joy'"),
@@ -216,8 +216,8 @@ def test_a_comparison_is_recorded_with_the_runs_of_both(root):
     git("add", "-A")
     git("commit", "-q", "-m", "It")
     compare(root).run(3)
-    repository = Repository(root)
-    assert record(repository, root / "runs" / "it") == ["a", "b"]
+    checkout = Checkout(root)
+    assert record(checkout, root / "runs" / "it") == ["a", "b"]
     text = (root / "docs" / "archive.md").read_text()
     assert "- Result: 2.100 ± 0.100 bits per byte (3 seeds), 40 steps of smoke" in text
     says = "- Verdict: better: -0.1010 bits per byte against a (95% -0.1035 to -0.0985, p = "
@@ -229,7 +229,7 @@ def test_a_comparison_is_recorded_with_the_runs_of_both(root):
         assert len(kept["comparisons"]) == comparisons
     Comparison(root / "runs" / "back", "speedruns/b.py", "speedruns/a.py", root=root).run(1)
     with pytest.raises(ValueError, match="has the baseline, a, as B"):
-        record(repository, root / "runs" / "back")
+        record(checkout, root / "runs" / "back")
     git("add", "-A")
     git("commit", "-q", "-m", "Recorded")
     with pytest.raises(ValueError, match="holds a comparison with commit .*choose another --out"):
@@ -237,4 +237,4 @@ def test_a_comparison_is_recorded_with_the_runs_of_both(root):
     kept = root / "runs" / "it" / "b" / "b-seed1-40" / "results.json"
     kept.write_text(kept.read_text().replace('"seconds": 0.4', '"seconds": 0.1'))
     with pytest.raises(ValueError, match="results.json was edited"):
-        record(repository, root / "runs" / "it")
+        record(checkout, root / "runs" / "it")

@@ -1,6 +1,9 @@
 """Corpora, tokenizers and batches: nothing lost, nothing seen twice, nothing guessed."""
 
+import os
 import pathlib
+import subprocess
+import sys
 
 from grug_keras.data import (
     ByteTokenizer,
@@ -10,7 +13,8 @@ from grug_keras.data import (
     load_tokenizer,
     token_stream,
 )
-from grug_keras.data.python_stdlib import fingerprint, is_validation, stdlib_files
+from grug_keras.data.python_stdlib import fingerprint, stdlib_files
+from grug_keras.data.splits import is_validation
 import numpy as np
 import pytest
 import tokenizers
@@ -18,25 +22,60 @@ import tokenizers
 BYTES = ByteTokenizer()
 
 
-@pytest.fixture(autouse=True)
-def own_data_dir(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.getbasetemp() / "tfds"))
+@pytest.fixture(scope="module")
+def stdlib():
+    return stdlib_files()
+
+
+# ------------------------------------------------------------------------- first run
+
+FIRST_RUN = """
+import sys
+import grug_keras.data
+import grug_keras.data.files
+
+heavy = {"tensorflow", "tensorflow_datasets", "keras_hub", "tokenizers", "pyarrow"}
+print(sorted(heavy.intersection(sys.modules)))
+print(grug_keras.data.load_corpus().sha256)
+"""
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """A process that imports `data` and reads the embedded corpus; and the folder of TFDS."""
+    folder = tmp_path_factory.mktemp("tfds")
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "TFDS_DATA_DIR": str(folder)}
+    command = [sys.executable, "-c", FIRST_RUN]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return done, folder
+
+
+def test_a_first_run_imports_little_and_shows_nothing_of_tfds(first_run, stdlib):
+    done, folder = first_run
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["[]", fingerprint(stdlib)]
+    assert (folder / "python_stdlib").is_dir(), "TFDS has prepared it there"
+
+
+def use_data_dir(monkeypatch, folder):
+    """TFDS reads `TFDS_DATA_DIR` only when it is imported, and it may have been already."""
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(folder))
 
 
 # --------------------------------------------------------------------------- corpora
 
 
-def test_the_embedded_corpus_is_the_standard_library():
+def test_the_embedded_corpus_is_the_standard_library(first_run, stdlib, monkeypatch):
+    use_data_dir(monkeypatch, first_run[1])
     corpus = load_corpus()
-    files = dict(stdlib_files())
-    held_out = [text for name, text in files.items() if is_validation(name)]
-    kept = [text for name, text in files.items() if not is_validation(name)]
+    held_out = [text for name, text in stdlib if is_validation(name)]
+    kept = [text for name, text in stdlib if not is_validation(name)]
     assert sorted(corpus.validation) == sorted(t for t in held_out if t.strip())
     assert sorted(corpus.train) == sorted(t for t in kept if t.strip())
     assert sum(map(len, corpus.train)) > 5e6
     assert 0.02 < len(corpus.validation) / len(corpus.train) < 0.1
-    assert not any("test" in name.split("/") for name in files)
-    assert load_corpus().sha256 == corpus.sha256 == fingerprint(stdlib_files())
+    assert not any("test" in name.split("/") for name, _ in stdlib)
+    assert corpus.sha256 == fingerprint(stdlib)
 
 
 def test_a_validation_slice_is_spread_over_documents():
@@ -114,7 +153,7 @@ def test_reading_stops_at_the_limit_and_says_so(tmp_path, caplog):
     assert "read up to" in caplog.text
 
 
-def test_any_tfds_text_dataset_by_name():
+def test_any_tfds_text_dataset_by_name(tmp_path, capfd, monkeypatch):
     """A real TFDS builder with its own splits and feature name, read back through its name."""
     import tensorflow_datasets as tfds
 
@@ -136,9 +175,14 @@ def test_any_tfds_text_dataset_by_name():
             for i in range(count):
                 yield i, {"sentence": f"sentence {i} of {count}", "label": i}
 
-    corpus = load_corpus("grug_toy_text:1.0.0")
-    assert sorted(corpus.train) == sorted(b"sentence %d of 30" % i for i in range(30))
-    assert sorted(corpus.validation) == sorted(b"sentence %d of 3" % i for i in range(3))
+    use_data_dir(monkeypatch, tmp_path)
+    folder = tmp_path / "grug_toy_text" / "1.0.0"
+    announcement = f"data='grug_toy_text:1.0.0': TFDS prepares it in {folder}\n"
+    for shown in (announcement, ""):
+        corpus = load_corpus("grug_toy_text:1.0.0")
+        assert sorted(corpus.train) == sorted(b"sentence %d of 30" % i for i in range(30))
+        assert sorted(corpus.validation) == sorted(b"sentence %d of 3" % i for i in range(3))
+        assert capfd.readouterr().err == shown, "and nothing of TFDS or TensorFlow"
 
 
 # ------------------------------------------------------------------------ tokenizers
@@ -152,7 +196,7 @@ def test_bytes_round_trip():
 
 
 @pytest.fixture(scope="module")
-def bpe_path(tmp_path_factory):
+def bpe_path(tmp_path_factory, stdlib):
     """A byte-level BPE trained here on the embedded corpus, as `tokenizers` saves it."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -163,7 +207,7 @@ def bpe_path(tmp_path_factory):
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([text.decode() for _, text in stdlib_files()[:20]], trainer)
+    tokenizer.train_from_iterator([text.decode() for _, text in stdlib[:20]], trainer)
     path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
     tokenizer.save(str(path))
     return path

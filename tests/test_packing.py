@@ -70,9 +70,11 @@ def test_an_epoch_mixes_other_documents_than_the_last():
     packing = BestFit(tokens, BOS, 12)
     first, again, second = epoch(packing), epoch(packing), epoch(packing, number=1)
     assert first == again != second
-    together = [collections.Counter(frozenset(p for p, _ in row) for row in e)
-                for e in (first, second)]  # fmt: skip
-    shared = sum((together[0] & together[1]).values())
+
+    def rows_together(rows):
+        return collections.Counter(frozenset(start for start, _ in row) for row in rows)
+
+    shared = sum((rows_together(first) & rows_together(second)).values())
     assert shared < 0.3 * packing.num_rows
 
 

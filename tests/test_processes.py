@@ -14,7 +14,10 @@ import keras
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.skipif(keras.config.backend() != "jax", reason="Keras distributes on JAX")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(keras.config.backend() != "jax", reason="Keras distributes on JAX"),
+]
 # An experiment as people write them: with a block of its own, registered nowhere.
 EXPERIMENT = """
 from grug_keras import Block, Grugformer, Muon
@@ -26,9 +29,9 @@ class Doubled(Block):
 
 main(
     __file__,
-    {"smoke": Recipe(steps=12, batch_size=8, learning_rate=0.02)},
     lambda config: Grugformer(config, block_class=Doubled),
-    lambda learning_rate: Muon(learning_rate, exclude_layers=["lm_head"]),
+    recipes={"smoke": Recipe(steps=12, batch_size=8, learning_rate=0.02)},
+    build_optimizer=lambda learning_rate: Muon(learning_rate, exclude_layers=["lm_head"]),
 )
 """
 SMALL = ["--seq-len", "32"]
@@ -176,4 +179,4 @@ def test_a_killed_run_goes_on_elsewhere(tmp_path, text, longer, killed, count, m
     assert results["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
     (resumed,) = results["resumed"]
     assert 6 <= resumed < 40
-    assert f"going on after step {resumed} of" in logs[0]
+    assert f"continuing after step {resumed} of" in logs[0]

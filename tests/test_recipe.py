@@ -9,13 +9,13 @@ import subprocess
 import sys
 
 from grug_keras.experiments.archive import Archive
-from grug_keras.experiments.repository import Repository
+from grug_keras.experiments.checkout import Checkout
 import keras
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECIPE = ROOT / "docs" / "recipe.md"
-TINY = "--batch 2 --seq-len 16"
+TINY = "--batch 16 --seq-len 64"
 # The recipe as it stands, but small: what is asked of the machine, not what is done.
 SMALLER = {
     "--steps 100": f"--steps 4 {TINY}",
@@ -40,7 +40,7 @@ class Walker:
                 (self.clone / name).unlink(missing_ok=True)
         programs = folder / "bin"
         programs.mkdir()
-        for name, module in (("python", ""), ("grug", " -m grug_keras.cli")):
+        for name, module in (("python", ""), ("grug", " -m grug_keras")):
             (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -P{module} "$@"\n')
             (programs / name).chmod(0o755)
         identity = {f"GIT_{who}_{what}": "grug" for who in ("AUTHOR", "COMMITTER")
@@ -64,9 +64,10 @@ class Walker:
         shutil.rmtree(self.package, ignore_errors=True)
         shutil.copytree(self.clone / "grug_keras", self.package / "grug_keras")
         shutil.copytree(self.clone / "ops", self.package / "grug_keras" / "ops")
+        shutil.copytree(self.clone / "grug_keras" / "cli", self.package / "grug_cli")
 
     def changed(self):
-        return Repository(self.clone).changed()
+        return Checkout(self.clone).changed()
 
     def __call__(self, command, refused=None):
         done = subprocess.run(
@@ -86,7 +87,7 @@ class Walker:
         return done.stderr
 
     def entry(self, name):
-        return Archive(Repository(self.clone)).entries[name]
+        return Archive(Checkout(self.clone)).entries[name]
 
 
 def commands():
@@ -117,6 +118,25 @@ def walker(tmp_path_factory):
     return Walker(tmp_path_factory.mktemp("walk"))
 
 
+def test_a_short_walk_from_an_idea_to_a_recorded_comparison(walker):
+    """Steps 2 and 3 of the recipe, with its commands; the whole of it is slow."""
+    name, text = "grugformer-small-walk", walker.clone.with_name("text.txt")
+    text.write_text("".join(f"{i} and {i + 1} make {2 * i + 1}.\n" for i in range(3000)))
+    walker("grug new small_walk --bucket mlp --purpose 'Half of the MLP.'")
+    script = walker.clone / "speedruns" / "grugformer_small_walk.py"
+    edit(script, "return super().call(x)", "return 0.5 * super().call(x)")
+    walker("git add -A && git commit -q -m 'Try it' && grug archive fill")
+    walker("git add -A && git commit -q -m 'Archive: its commit'")
+    options = f"--seeds 2 -- --steps 3 --data {text} {TINY}"
+    told = walker(f"grug compare grugformer-starter-speedrun {name} {options}")
+    assert "B is " in told
+    walker(f"grug archive record runs/grugformer_starter-vs-{name.replace('-', '_')}-tokens")
+    assert "agrees with scripts, git and results" in walker("grug archive check")
+    assert re.match("better|worse|not shown", walker.entry(name).fields["Verdict"])
+    walker("git add -A && git commit -q -m 'Measured'")
+
+
+@pytest.mark.slow
 def test_the_recipe_from_an_idea_to_a_deleted_experiment_that_runs_again(walker):
     steps, name = commands(), "grugformer-half-mlp"
     assert all(steps[number] for number in (2, 3, 4, 5, 6))
@@ -131,11 +151,11 @@ def test_the_recipe_from_an_idea_to_a_deleted_experiment_that_runs_again(walker)
     assert "mlp        NewMLP overrides MLP.call" in told
     assert "+0.00%" in told
     assert "warning" not in told
-    walker(f"grug archive supersede {name} --by HEAD", refused="changes that no commit has")
+    walker(f"grug archive supersede {name} --by HEAD", refused="uncommitted changes")
     train, *rest = run
     walker(smaller(train))
     (folder,) = (walker.clone / "runs").glob("grugformer_half_mlp-*")
-    walker(f"grug archive record {folder}", refused="changes that no commit has: commit them")
+    walker(f"grug archive record {folder}", refused="uncommitted changes: commit them")
     for command in rest:
         walker(command)
     assert walker.entry(name).fields["Introduced"] != "pending"
@@ -161,13 +181,15 @@ def test_the_recipe_from_an_idea_to_a_deleted_experiment_that_runs_again(walker)
     walker("grug archive check", refused=f"{name}.*was edited.*Restore it with git")
     results.write_text(sealed)
 
-    core = walker.clone / "grug_keras" / "model.py"
+    core = walker.clone / "grug_keras" / "block.py"
     edit(core, "self.down_proj(gated), ", "0.5 * self.down_proj(gated), ")
     walker.install()
     check, commit, supersede, *rest = steps[4]
     walker(check)
     walker(commit)
-    walker(supersede.replace("HEAD", "0000000"), refused="no id of the archive, and no ancestor")
+    walker(
+        supersede.replace("HEAD", "0000000"), refused="neither an id of the archive nor an ancestor"
+    )
     walker(supersede)
     for command in rest:
         walker(command)

@@ -1,5 +1,6 @@
 """Checkpoints and `--resume`: all of the state or none, and the same losses to the bit."""
 
+import contextlib
 import csv
 import json
 import os
@@ -11,10 +12,14 @@ import subprocess
 import sys
 import time
 
+import click
 from grug_keras import Block, GrugConfig, Grugformer
-from grug_keras.checkpoints import Checkpoints, state_variables
-from grug_keras.resume import find_run
-from grug_keras.schedule import Trapezoid
+from grug_keras.optimizers.schedule import Trapezoid
+from grug_keras.speedrun import Recipe
+from grug_keras.training.checkpoints import Checkpoints, state_variables
+from grug_keras.training.folder import find_run
+from grug_keras.training.options import RunOptions
+from grug_keras.training.run import Run
 import keras
 import numpy as np
 import pytest
@@ -35,6 +40,17 @@ class NoisyBlock(Block):
 
     def call(self, x, **kwargs):
         return self.noise(super().call(x, **kwargs), training=True)
+
+
+@pytest.fixture
+def open_checkpoints():
+    """`Checkpoints` that are closed when the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def open_checkpoints(*arguments, **options):
+            return stack.enter_context(contextlib.closing(Checkpoints(*arguments, **options)))
+
+        yield open_checkpoints
 
 
 def make(config=CONFIG, optimizer=None, seed=0, **kwargs):
@@ -73,41 +89,41 @@ def damage(folder, how):
         path.write_bytes(content[:half] + rest)
 
 
-def test_a_restored_model_goes_on_to_the_bit(tmp_path):
+def test_a_restored_model_goes_on_to_the_bit(tmp_path, open_checkpoints):
     """Weights, moments, step, schedule and the state of random layers."""
     model = make()
     expected = losses(model, range(6))
     first = make()
     assert losses(first, range(3)) == expected[:3]
-    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints = open_checkpoints(tmp_path / "c")
     assert checkpoints.restore(make(seed=9)) is None
     checkpoints.save(first, 3, {"seconds": 1.5})
     losses(first, range(3, 5))  # the arrays are given away while the files are written
     checkpoints.finish()
     second = make(seed=9)
-    assert Checkpoints(tmp_path / "c").restore(second) == (3, {"seconds": 1.5})
+    assert open_checkpoints(tmp_path / "c").restore(second) == (3, {"seconds": 1.5})
     assert losses(second, range(3, 6)) == expected[3:]
 
 
-def test_the_last_ones_and_the_best_stay(tmp_path):
+def test_the_last_ones_and_the_best_stay(tmp_path, open_checkpoints):
     model = make()
-    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    checkpoints = open_checkpoints(tmp_path / "c", keep=2)
     for step, loss in enumerate([3.0, 1.0, 2.0, None, 4.0, None]):
         checkpoints.save(model, step, {}, loss)
     checkpoints.finish()
-    again = Checkpoints(tmp_path / "c", keep=2)
+    again = open_checkpoints(tmp_path / "c", keep=2)
     assert again.steps() == [1, 4, 5]
     again.save(model, 6, {}, 1.5)
     again.finish()
     assert again.steps() == [1, 5, 6], "the best one is known to the next process too"
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
-        Checkpoints(tmp_path / "c", keep=0)
+        open_checkpoints(tmp_path / "c", keep=0)
 
 
 @pytest.mark.parametrize("how", ["truncated", "changed"])
-def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, caplog, how):
+def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, caplog, how, open_checkpoints):
     model = make()
-    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints = open_checkpoints(tmp_path / "c")
     kept = {}
     for step in (1, 2):
         losses(model, [step])
@@ -116,20 +132,20 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, caplog, how):
         kept[step] = values(model)
     damage(tmp_path / "c" / "2", how)
     again = make(seed=9)
-    assert Checkpoints(tmp_path / "c").restore(again)[0] == 1
+    assert open_checkpoints(tmp_path / "c").restore(again)[0] == 1
     assert "checkpoint of step 2 is skipped" in caplog.text
     for a, b in zip(values(again), kept[1], strict=True):
         np.testing.assert_array_equal(a, b)
-    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints = open_checkpoints(tmp_path / "c")
     losses(again, [2])
     assert checkpoints.save(again, 2, {}), "in place of the damaged one"
     assert checkpoints.finish()
-    assert Checkpoints(tmp_path / "c").restore(make(seed=8))[0] == 2
+    assert open_checkpoints(tmp_path / "c").restore(make(seed=8))[0] == 2
     for step in "12":
         damage(tmp_path / "c" / step, how)
     before = values(again)
     with pytest.raises(ValueError, match="none of the 2 checkpoints in .* can be read"):
-        Checkpoints(tmp_path / "c").restore(again)
+        open_checkpoints(tmp_path / "c").restore(again)
     for a, b in zip(values(again), before, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -143,20 +159,24 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, caplog, how):
         ({}, "sgd", "it holds optimizer/"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_refused(tmp_path, caplog, changes, optimizer, message):
-    checkpoints = Checkpoints(tmp_path / "c")
+def test_a_checkpoint_of_another_model_is_refused(
+    tmp_path, caplog, changes, optimizer, message, open_checkpoints
+):
+    checkpoints = open_checkpoints(tmp_path / "c")
     checkpoints.save(make(optimizer="adamw"), 1, {})
     checkpoints.finish()
     other = make(GrugConfig(**{**vars(CONFIG), **changes}), optimizer)
     with pytest.raises(ValueError, match="none of the 1 checkpoints"):
-        Checkpoints(tmp_path / "c").restore(other)
+        open_checkpoints(tmp_path / "c").restore(other)
     assert re.search(f"step 1 is skipped: ValueError: .*{message}", caplog.text), caplog.text
 
 
-def test_any_damaged_file_costs_its_checkpoint_at_most(tmp_path, caplog):
+# Orbax leaves coroutines unfinished when its files are damaged, and Python says so later.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_any_damaged_file_costs_its_checkpoint_at_most(tmp_path, caplog, open_checkpoints):
     """Each file of the newest one cut in half, in turn: never an end, never half of a state."""
     model = make()
-    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints = open_checkpoints(tmp_path / "c")
     kept = {}
     for step in (1, 2):
         losses(model, [step])
@@ -171,7 +191,7 @@ def test_any_damaged_file_costs_its_checkpoint_at_most(tmp_path, caplog):
         shutil.copytree(tmp_path / "c", folder)
         damaged = folder / file.relative_to(tmp_path / "c")
         damaged.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        checkpoints = Checkpoints(folder)
+        checkpoints = open_checkpoints(folder)
         step, _ = checkpoints.restore(again)
         for a, b in zip(values(again), kept[step], strict=True):
             np.testing.assert_array_equal(a, b)
@@ -185,14 +205,16 @@ def test_any_damaged_file_costs_its_checkpoint_at_most(tmp_path, caplog):
     assert 1 in found
 
 
-def test_a_checkpoint_of_another_model_is_skipped_back_to_a_good_one(tmp_path, caplog):
-    checkpoints = Checkpoints(tmp_path / "c")
+def test_a_checkpoint_of_another_model_is_skipped_back_to_a_good_one(
+    tmp_path, caplog, open_checkpoints
+):
+    checkpoints = open_checkpoints(tmp_path / "c")
     model = make()
     checkpoints.save(model, 1, {})
     checkpoints.save(make(GrugConfig(**{**vars(CONFIG), "num_layers": 3})), 2, {})
     checkpoints.finish()
     again = make(seed=9)
-    assert Checkpoints(tmp_path / "c").restore(again)[0] == 1
+    assert open_checkpoints(tmp_path / "c").restore(again)[0] == 1
     assert "checkpoint of step 2 is skipped: ValueError: it holds model/" in caplog.text
     for a, b in zip(values(again), values(model), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -212,10 +234,14 @@ def test_resume_finds_the_run_that_it_is_one_of(tmp_path, caplog):
         write_record(tmp_path, number, **changes)
     (tmp_path / "starter-torn").mkdir()
     (tmp_path / "starter-torn" / "results.json").write_text('{"experiment"')
-    found = find_run(tmp_path, "starter", "", "smoke", 0)
-    assert found == tmp_path / "starter-0"
+    found = find_run(tmp_path, "starter", "smoke", 0, "")
+    assert found.path == tmp_path / "starter-0"
     assert "starter-torn is left out" in caplog.text
-    assert find_run(tmp_path, "starter", "", "smoke", 2) is None
+    assert find_run(tmp_path, "starter", "smoke", 2, "") is None
+    with pytest.raises(ValueError, match="gone.* holds no run"):
+        find_run(tmp_path, "starter", "smoke", 0, str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="starter-4' is finished"):
+        find_run(tmp_path, "starter", "smoke", 0, str(tmp_path / "starter-4"))
 
 
 FULL = """
@@ -236,7 +262,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file size limit there")
-def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(tmp_path):
+def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(tmp_path, open_checkpoints):
     """A real write that fails: the system lets no file grow beyond 3 kB."""
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(pathlib.Path(__file__).parent), str(tmp_path / "c")],
@@ -247,12 +273,77 @@ def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(tmp_path):
     assert "first True" in done.stdout, done.stderr
     assert "second False" in done.stdout, done.stderr
     assert "is not written" in done.stderr
-    assert Checkpoints(tmp_path / "c").restore(make(seed=9))[0] == 1
+    assert open_checkpoints(tmp_path / "c").restore(make(seed=9))[0] == 1
 
 
-# ------------------------------------------------------------------------- real runs
+# ----------------------------------------------------------------------- whole runs
 
-OPTIONS = ["--seq-len", "32", "--batch", "4", "--steps", "40", "--save-every", "6"]
+
+def run_of(folder, *, resume=None, batch_size=4, text="grug see tree. ", **options):
+    """A run of 12 steps with a checkpoint every 4, on a text in a folder."""
+    data = folder.with_name(f"{folder.name}-{len(text)}.txt")
+    data.write_text(text * 600)
+    options = {"seq_len": 16, "save_every": 4, "out": str(folder), "data": str(data), **options}
+    recipe = Recipe(steps=12, batch_size=batch_size, learning_rate=0.02)
+    return Run(STARTER, recipe, RunOptions(resume=resume, **options))
+
+
+def adamw(schedule):
+    return keras.optimizers.AdamW(schedule)
+
+
+class CrashError(Exception):
+    pass
+
+
+def interrupt(run, step):
+    """Has a run fail as it makes the batch of a step, as a crash would."""
+    plain = type(run.train_batches)
+
+    class Failing(plain):
+        def __getitem__(self, index):
+            if self.first_step + index == step:
+                raise CrashError
+            return super().__getitem__(index)
+
+    run.train_batches.__class__ = Failing
+    with pytest.raises(CrashError):
+        run(Grugformer, adamw)
+    return run.folder
+
+
+def curve(folder):
+    with open(folder / "curve.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [(row["step"], row["loss"], row["learning_rate"], row["gradient_norm"]) for row in rows]
+
+
+def test_a_run_that_failed_is_continued_to_the_bit_and_only_as_itself(tmp_path):
+    whole = run_of(tmp_path / "whole")
+    assert whole(Grugformer, adamw) == 0
+    folder = interrupt(run_of(tmp_path / "failed"), step=9)
+    before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
+    for changes, message in (
+        ({"seed": 1}, "resume: seed is 1 here, but 0 in"),
+        ({"batch_size": 8}, "resume: recipe.batch_size is 8 here, but 4 in"),
+        ({"tokenizer": "bpe:300"}, "resume: tokenizer.sha256 is"),
+        ({"text": "another text. "}, "resume: data.name is .*-14.txt"),
+    ):
+        with pytest.raises(click.ClickException, match=message):
+            run_of(tmp_path / "failed", resume=str(folder), **changes)(Grugformer, adamw)
+    after = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
+    assert after == before, "nothing is overwritten"
+    again = run_of(tmp_path / "failed", resume="")
+    assert again.folder.path == folder.path
+    assert again(Grugformer, adamw) == 0
+    assert curve(folder.path) == curve(whole.folder.path)
+    record, expected = folder.record(), whole.folder.record()
+    for name in ("loss", "bits_per_byte", "train_loss", "steps", "sample"):
+        assert record[name] == expected[name]
+    assert record["resumed"] == [8]
+
+
+OPTIONS = ["--seq-len", "64", "--batch", "8", "--steps", "40", "--save-every", "6"]
 
 
 def start(out, *options):
@@ -267,22 +358,6 @@ def start(out, *options):
     )
 
 
-def curve(folder):
-    with open(folder / "curve.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [(row["step"], row["loss"], row["learning_rate"], row["gradient_norm"]) for row in rows]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole")
-    process = start(out)
-    printed, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, printed
-    (folder,) = out.iterdir()
-    return folder
-
-
 def kill_in_training(process, out, moment):
     """SIGKILL `moment` seconds after a checkpoint of this process; False if it was too late."""
     before = set(out.glob("*/checkpoints/[0-9]*"))
@@ -294,46 +369,26 @@ def kill_in_training(process, out, moment):
     return process.returncode == -signal.SIGKILL
 
 
-def test_killed_runs_have_the_losses_of_one_that_was_not(tmp_path, uninterrupted):
-    rng = np.random.default_rng(1)
-    kills = sum(kill_in_training(start(tmp_path, "--resume"), tmp_path, rng.random() * 0.5)
-                for _ in range(3))  # fmt: skip
-    assert kills
-    process = start(tmp_path, "--resume")
+@pytest.mark.slow
+def test_killed_runs_have_the_losses_of_one_that_was_not(tmp_path):
+    """Real kills of real processes, of a checkpoint that may be half-written."""
+    process = start(tmp_path / "whole")
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
-    assert "going on after step" in printed
-    (folder,) = tmp_path.iterdir()
+    (uninterrupted,) = (tmp_path / "whole").iterdir()
+    out, rng = tmp_path / "killed", np.random.default_rng(1)
+    # One kill on the other backends: files are written there in the same way on both.
+    for _ in range(3 if keras.config.backend() == "jax" else 1):
+        assert kill_in_training(start(out, "--resume"), out, rng.random() * 0.5)
+    process = start(out, "--resume")
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    assert "continuing after step" in printed
+    (folder,) = out.iterdir()
     assert curve(folder) == curve(uninterrupted)
-    record, want = (
+    record, expected = (
         json.loads((path / "results.json").read_text()) for path in (folder, uninterrupted)
     )
     for name in ("loss", "bits_per_byte", "train_loss", "steps", "sample"):
-        assert record[name] == want[name]
+        assert record[name] == expected[name]
     assert max(record["resumed"]) > 0
-    process = start(tmp_path, "--resume", folder)
-    assert "is finished" in process.communicate(timeout=120)[0]
-
-
-def test_a_resume_with_other_options_is_refused(tmp_path):
-    process = start(tmp_path)
-    assert kill_in_training(process, tmp_path, 0.2)
-    (folder,) = tmp_path.iterdir()
-    other = tmp_path.with_name(tmp_path.name + "-other.txt")
-    other.write_text("another text. " * 5000)
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
-    for options, message in (
-        (["--seed", "1"], "resume: seed is 1 here, but 0 in"),
-        (["--batch", "8"], "resume: recipe.batch_size is 8 here, but 4 in"),
-        (["--tokenizer", "bpe:300"], "resume: tokenizer.sha256 is"),
-        (["--data", str(other)], "resume: data.name is .*other.txt"),
-    ):
-        process = start(tmp_path, "--resume", folder, *options)
-        printed, _ = process.communicate(timeout=300)
-        assert process.returncode == 1, printed
-        assert re.search(message, printed), printed
-        assert "Traceback" not in printed
-    after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
-    assert after == before, "nothing is overwritten"
-    process = start(tmp_path, "--resume", tmp_path / "gone")
-    assert "holds no run" in process.communicate(timeout=120)[0]

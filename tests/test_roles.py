@@ -3,7 +3,7 @@
 import re
 
 from grug_keras import Block, GrugConfig, Grugformer, Muon
-from grug_keras.roles import role_of, table
+from grug_keras.optimizers.roles import optimizer_table, role_of
 import keras
 import pytest
 
@@ -45,13 +45,13 @@ def test_muon_takes_the_matrices_inside_the_blocks_alone():
 
 def test_the_table_adds_up():
     model = make(Muon(0.02, adam_lr_ratio=0.3))
-    title, *rows = (line.split(maxsplit=3) for line in table(model).splitlines())
+    title, *rows = (line.split(maxsplit=3) for line in optimizer_table(model).splitlines())
     assert title == ["role", "variables", "parameters", "optimizer"]
     assert [row[0] for row in rows] == ["matrix", "embedding", "head", "vector"]
     assert [row[3] for row in rows] == ["Muon", *["AdamW, 0.3 of the rate"] * 3]
     assert sum(int(row[1]) for row in rows) == len(model.trainable_variables)
     assert sum(int(row[2].replace(",", "")) for row in rows) == model.count_params()
-    assert "AdamW" in table(make(keras.optimizers.AdamW()))
+    assert "AdamW" in optimizer_table(make(keras.optimizers.AdamW()))
 
 
 def test_a_variable_without_a_role_is_an_error_that_names_it(tmp_path):
@@ -61,12 +61,12 @@ def test_a_variable_without_a_role_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ValueError, match="must be one of matrix, .*, got 'big'"):
         make(Muon(0.02, roles={r".*experts": "big"}), ExpertBlock)
     model = make(Muon(0.02, roles={r".*experts": "other"}), ExpertBlock)
-    assert "other" in table(model)
+    assert "other" in optimizer_table(model)
     again = keras.optimizers.deserialize(keras.optimizers.serialize(model.optimizer))
     assert again.roles == {r".*experts": "other"}
 
 
 def test_the_table_shows_every_optimizer_of_a_role():
-    text = table(make(Muon(0.02, exclude_layers=["down_proj"])))
+    text = optimizer_table(make(Muon(0.02, exclude_layers=["down_proj"])))
     assert re.search(r"^matrix +12 .* Muon$", text, re.M), text
     assert re.search(r"^matrix +2 .* AdamW, 1 of the rate$", text, re.M), text

@@ -6,14 +6,14 @@ import subprocess
 import sys
 import types
 
-from grug_keras import GrugConfig, Grugformer, sharding
+from grug_keras import GrugConfig, Grugformer, distribution
 from grug_keras.data import TokenBatches
+from grug_keras.distribution.processes import rows_of_process
 import keras
 import numpy as np
 import pytest
 
 HERE = pathlib.Path(__file__).parent
-only_jax = pytest.mark.skipif(keras.config.backend() != "jax", reason="Keras distributes on JAX")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,8 @@ def report():
     return json.loads(done.stdout)
 
 
-@only_jax
+@pytest.mark.slow
+@pytest.mark.jax
 @pytest.mark.parametrize(
     ("run", "bound"),
     [
@@ -49,7 +50,8 @@ def test_a_mesh_trains_as_one_device(report, run, bound):
     assert found["difference"] < bound
 
 
-@only_jax
+@pytest.mark.slow
+@pytest.mark.jax
 def test_every_large_variable_and_its_slots_are_split(report):
     runs = report["runs"]
     assert runs["FSDP, float32"]["largest share"] == 1 / 8
@@ -59,7 +61,8 @@ def test_every_large_variable_and_its_slots_are_split(report):
     assert runs["DP, float32"]["largest share"] == 1
 
 
-@only_jax
+@pytest.mark.slow
+@pytest.mark.jax
 @pytest.mark.parametrize(
     ("case", "message"),
     [
@@ -80,7 +83,8 @@ def test_what_cannot_be_split_is_named(report, case, message):
     assert report["errors"][case].startswith(message)
 
 
-@only_jax
+@pytest.mark.slow
+@pytest.mark.jax
 def test_an_experiment_adds_a_rule(report):
     assert report["errors"]["with a rule"] is None
     remedy = report["errors"]["unknown variable"]
@@ -88,6 +92,7 @@ def test_an_experiment_adds_a_rule(report):
     assert r".*/block_\d+/extra" in remedy
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize(
     ("mesh", "devices", "shape"),
     [
@@ -100,28 +105,31 @@ def test_an_experiment_adds_a_rule(report):
     ],
 )
 def test_meshes_are_read(mesh, devices, shape):
-    assert sharding.mesh_shape(mesh, devices) == shape
+    assert distribution.mesh_shape(mesh, devices) == shape
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize(
     "mesh", ["", "8", "data", "data=", "data=0", "data=-1", "rows=2", "data=x"]
 )
 def test_a_mesh_that_cannot_be_read_is_named(mesh):
     with pytest.raises(ValueError, match=f"mesh='{mesh}' must name its axes as data=4,model=2"):
-        sharding.mesh_shape(mesh, 8)
+        distribution.mesh_shape(mesh, 8)
 
 
+@pytest.mark.jax
 def test_one_axis_at_most_is_left_open():
     with pytest.raises(ValueError, match="mesh='data=auto,model=auto' may leave one axis to auto"):
-        sharding.mesh_shape("data=auto,model=auto", 8)
+        distribution.mesh_shape("data=auto,model=auto", 8)
 
 
 @pytest.mark.skipif(keras.config.backend() == "jax", reason="JAX can")
 def test_another_backend_says_that_it_cannot():
     with pytest.raises(RuntimeError, match="mesh='data=auto' needs the JAX backend"):
-        sharding.distribute("data=auto")
+        distribution.distribute("data=auto")
 
 
+@pytest.mark.jax
 def test_processes_make_their_rows_of_the_same_batches():
     tokens = np.arange(1000) % 50
     options = {"bos_id": 0, "seq_len": 8, "batch_size": 6, "steps": 3, "seed": 1}
@@ -137,6 +145,7 @@ def test_processes_make_their_rows_of_the_same_batches():
                 np.testing.assert_array_equal(value, expected_inputs[name][part.rows])
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize(
     ("processes", "rows"),  # of each device on the mesh; of a batch of 8, by process
     [
@@ -149,20 +158,21 @@ def test_processes_make_their_rows_of_the_same_batches():
 def test_a_process_makes_the_rows_of_its_devices(processes, rows):
     devices = np.array([[types.SimpleNamespace(process_index=n) for n in row] for row in processes])
     for number, expected in enumerate(rows):
-        assert list(sharding._rows_of(number, devices, 8)) == expected
+        assert list(rows_of_process(number, devices, 8)) == expected
 
 
 def test_without_a_mesh_nothing_is_split(rng):
-    assert sharding.describe() is None
-    assert list(sharding.rows(3)) == [0, 1, 2]
+    assert distribution.describe_mesh() is None
+    assert list(distribution.local_rows(3)) == [0, 1, 2]
     x = keras.ops.ones((2, 3, 4))
-    assert sharding.split_batch(x) is x
-    assert sharding.split_layers(x) is x
+    assert distribution.split_batch(x) is x
+    assert distribution.split_layers(x) is x
 
 
+@pytest.mark.jax
 def test_the_record_of_parameters_and_flops():
     """By hand: 2 blocks of 4 x 16 x 16 and 3 x 16 x 24, a head of 16 x 32; S = 8."""
-    from grug_keras.flops import flops_per_token
+    from grug_keras.tpu.flops import flops_per_token
 
     model = Grugformer(GrugConfig(32, 16, 24, 2, 4, 4, max_seq_len=8))
     model.build()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from grug_keras import GrugConfig
-from grug_keras.experiments.scripts import load_speedrun
+from grug_keras.experiments.script import load_speedrun
 import keras
 import numpy as np
 import oracle
@@ -28,7 +28,21 @@ CONFIG = GrugConfig(
 )  # fmt: skip
 
 load = functools.cache(load_speedrun)
-each = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+# On the other backends the starter and one with a layer of its own are enough for a first look.
+FAST = ("grugformer_starter", "grugformer_gated_attention")
+each = pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(
+            script,
+            id=script.stem,
+            marks=()
+            if keras.config.backend() == "jax" or script.stem in FAST
+            else pytest.mark.slow,
+        )
+        for script in SCRIPTS
+    ],
+)
 
 
 def exempt(script):
@@ -126,7 +140,8 @@ def lowered():
 
 
 @each
-@pytest.mark.skipif(keras.config.backend() != "jax", reason="Keras distributes on JAX")
+@pytest.mark.slow
+@pytest.mark.jax
 def test_its_step_lowers_for_eight_devices(script, lowered):
     holds(script, "lowering")
     assert lowered[script.stem] == "sharded"

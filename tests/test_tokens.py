@@ -1,27 +1,18 @@
-"""Tokens on disk: files of every kind in, shards out, the same again after a crash."""
+"""Text files of every kind, tokenizers whose bytes add up, and token files."""
 
 import gzip
-import hashlib
 import json
-import pathlib
-import signal
-import subprocess
-import sys
-import time
-import types
 
 from grug_keras.data import (
     ByteTokenizer,
     ShardedTokens,
+    documents,
     load_corpus,
     load_data,
     load_tokenizer,
     open_source,
     read_shard,
-    sources,
     token_stream,
-    tokenize,
-    tokenizing,
     train_bpe,
     write_shard,
 )
@@ -34,17 +25,13 @@ TEXTS = [f"Dokument Nr. {i}: naïve 🪨 grüg. ".encode() * (i % 7 + 1) for i i
 
 
 @pytest.fixture(scope="module")
-def jsonl(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "texts.jsonl"
-    lines = [json.dumps({"id": str(i), "text": text.decode()}) for i, text in enumerate(TEXTS)]
-    lines.insert(50, json.dumps({"id": "blank", "text": " \n"}))
-    path.write_text("\n".join(lines) + "\n\n")
-    return path
+def code():
+    return [text for _, text in stdlib_files()[:20]]
 
 
 @pytest.fixture(scope="module")
-def bpe():
-    return train_bpe([text for _, text in stdlib_files()[:20]] + TEXTS, 512)
+def bpe(code):
+    return train_bpe(code + TEXTS, 512)
 
 
 def everything(corpus):
@@ -54,10 +41,14 @@ def everything(corpus):
 # --------------------------------------------------------------------------- formats
 
 
-def test_jsonl_gzip_and_parquet_hold_the_same_documents(jsonl, tmp_path):
+def test_jsonl_gzip_and_parquet_hold_the_same_documents(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet
 
+    jsonl = tmp_path / "a.jsonl"
+    lines = [json.dumps({"id": str(i), "text": text.decode()}) for i, text in enumerate(TEXTS)]
+    lines.insert(50, json.dumps({"id": "blank", "text": " \n"}))
+    jsonl.write_text("\n".join(lines) + "\n\n")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl.read_bytes()))
     table = pa.table({"body": [text.decode() for text in TEXTS], "n": range(len(TEXTS))})
     pa.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
@@ -66,7 +57,7 @@ def test_jsonl_gzip_and_parquet_hold_the_same_documents(jsonl, tmp_path):
         assert everything(corpus) == sorted(TEXTS)
         assert 2 <= len(corpus.validation) <= 20
     (tmp_path / "b.txt").write_text("one more")
-    assert everything(load_corpus(str(tmp_path))) == sorted([*TEXTS, *TEXTS, b"one more"])
+    assert everything(load_corpus(str(tmp_path))) == sorted([*TEXTS * 3, b"one more"])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +84,7 @@ def test_a_long_file_is_read_piece_by_piece(tmp_path, monkeypatch):
     path = tmp_path / "long.txt"
     path.write_text("".join(f"Zeile {i}: 🪨🪨 ünd\n" for i in range(50)) + "🪨" * 300)
     whole = load_corpus(str(path))
-    monkeypatch.setattr(sources, "PIECE_BYTES", 101)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 101)
     pieces = list(open_source(str(path)).pieces())
     assert len(pieces) > 20
     assert all(len(piece.text) <= 101 for piece in pieces)
@@ -160,12 +151,11 @@ def test_token_bytes_sum_to_the_corpus(kind, bpe, tmp_path):
     assert load_tokenizer(str(kept)).sha256 == tokenizer.sha256
 
 
-def test_a_trained_bpe_is_the_same_again_and_shorter_than_bytes(bpe):
-    again = train_bpe([text for _, text in stdlib_files()[:20]] + TEXTS, 512)
+def test_a_trained_bpe_is_the_same_again_and_shorter_than_bytes(bpe, code):
+    again = train_bpe(code + TEXTS, 512)
     assert again.sha256 == bpe.sha256
     assert bpe.vocab_size == 512
-    text = stdlib_files()[3][1]
-    assert len(bpe.encode(text)) < 0.6 * len(text)
+    assert len(bpe.encode(code[3])) < 0.6 * len(code[3])
     assert bpe.bos_id not in bpe.encode(b"<|endoftext|>")
     for spec, message in (("bpe:big", "must name a size"), ("bpe:9", "at least 257")):
         with pytest.raises(ValueError, match=message):
@@ -275,154 +265,3 @@ def test_existing_corpora_just_work(tmp_path, bpe):
     (nano / "train.bin").unlink()
     with pytest.raises(ValueError, match="holds validation files only"):
         load_data(str(nano), tokenizer)
-
-
-# ------------------------------------------------------------------------ tokenizing
-
-
-def contents(folder):
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in pathlib.Path(folder).iterdir()
-        if path.name != ".lock"
-    }
-
-
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:400"])
-def test_the_shards_hold_what_memory_would(jsonl, tmp_path, tokenizer):
-    made = tokenize(str(jsonl), tokenizer, tmp_path / "out", shard_tokens=1000)
-    in_memory, on_disk = load_data(str(jsonl), tokenizer), load_data(str(tmp_path / "out"))
-    assert on_disk.tokenizer.sha256 == in_memory.tokenizer.sha256
-    np.testing.assert_array_equal(on_disk.train[:], in_memory.train)
-    assert len(on_disk.train.shards) == len(made["splits"]["train"]["shards"]) > 3
-    corpus = load_corpus(str(jsonl))
-    for split, documents in (("train", corpus.train), ("validation", corpus.validation)):
-        found = made["splits"][split]
-        assert found["documents"] == len(documents)
-        assert found["bytes"] == sum(map(len, documents))
-        assert sum(found["shards"]) == found["tokens"]
-    assert made["empty_documents"] == 1
-    assert tokenize(str(jsonl), tokenizer, tmp_path / "out", shard_tokens=1000) == made
-    assert not (tmp_path / "out" / "progress.json").exists()
-
-
-@pytest.mark.parametrize("when", [0, 1, 40, 77, 119])
-def test_a_crash_leaves_what_the_next_call_goes_on_from(jsonl, tmp_path, monkeypatch, when):
-    options = {"tokenizer": "bytes", "shard_tokens": 500}
-    whole = tokenize(str(jsonl), out=tmp_path / "whole", **options)
-    monkeypatch.setattr(tokenizing, "_SAVE_BYTES", 800)
-    monkeypatch.setattr("grug_keras.data.tokenizer._BATCH_BYTES", 300)
-    add, calls = tokenizing._Writer.add, []
-
-    def crashing(self, piece, tokens):
-        calls.append(piece)
-        if len(calls) == when + 1:
-            raise KeyboardInterrupt
-        add(self, piece, tokens)
-
-    monkeypatch.setattr(tokenizing._Writer, "add", crashing)
-    with pytest.raises(KeyboardInterrupt):
-        tokenize(str(jsonl), out=tmp_path / "out", **options)
-    with pytest.raises(ValueError, match="is not finished; give the `grug tokenize` command again"):
-        load_data(str(tmp_path / "out"))
-    again = tokenize(str(jsonl), out=tmp_path / "out", **options)
-    assert again == whole
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    if when > 40:
-        assert len(calls) < len(TEXTS) + when - 10, "it does not begin anew"
-
-
-SCRIPT = """
-import sys
-from grug_keras.data import tokenize, tokenizing
-import grug_keras.data.tokenizer as t
-tokenizing._SAVE_BYTES, t._BATCH_BYTES = 20_000, 3_000
-tokenize(sys.argv[1], "bytes", sys.argv[2], shard_tokens=30_000)
-"""
-
-
-def test_kills_at_any_moment_change_nothing(tmp_path):
-    """Real SIGKILLs, until one call is left alone long enough."""
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": f"{i} " * 400}) + "\n" for i in range(2000)))
-    whole = tokenize(str(text), "bytes", tmp_path / "whole", shard_tokens=30_000)
-    rng, kills = np.random.default_rng(0), 0
-    command = [sys.executable, "-c", SCRIPT, str(text), str(tmp_path / "out")]
-    for _ in range(60):
-        process = subprocess.Popen(command)
-        while not (tmp_path / "out" / "progress.json").exists() and process.poll() is None:
-            time.sleep(0.01)
-        try:
-            process.wait(0.01 + 0.4 * rng.random())
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-        if process.returncode == 0:
-            break
-        if kills == 4:
-            assert subprocess.run(command).returncode == 0
-            break
-    assert kills > 0
-    assert tokenize(str(text), "bytes", tmp_path / "out", shard_tokens=30_000) == whole
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_what_cannot_be_tokenized_leaves_nothing_and_overwrites_nothing(
-    jsonl, tmp_path, monkeypatch
-):
-    out = tmp_path / "out"
-    for data, message in (
-        ("{}", "one text field"),
-        ('{"text": " "}', "no text for the train split"),
-    ):
-        bad = tmp_path / "bad.jsonl"
-        bad.write_text(data)
-        with pytest.raises(ValueError, match=message):
-            tokenize(str(bad), "bytes", out)
-        assert not out.exists()
-    with pytest.raises(ValueError, match="shard_tokens must be at least 1"):
-        tokenize(str(jsonl), "bytes", out, shard_tokens=0)
-    tokenize(str(jsonl), "bytes", out)
-    before = contents(out)
-    for other in ({"tokenizer": "bpe:300"}, {"shard_tokens": 77}):
-        name, value = next(iter(other.items()))
-        with pytest.raises(ValueError, match=f"tokens of another {name}: .* not {value!r}"):
-            tokenize(str(jsonl), **{"tokenizer": "bytes", "out": out, **other})
-    assert contents(out) == before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="exists and holds no tokens"):
-        tokenize(str(jsonl), "bytes", tmp_path / "mine")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=2**20 + 9))
-    with pytest.raises(ValueError, match=r"has 1\.0 MB left and needs .* around 'texts.jsonl/"):
-        tokenize(str(jsonl), "bytes", tmp_path / "full")
-    with pytest.raises(ValueError, match="another tokenizer|was made with 'bytes'"):
-        load_data(str(out), str(_tokenizer_file(tmp_path)))
-
-
-def _tokenizer_file(folder):
-    train_bpe(TEXTS, 300).save(folder)
-    return folder / "tokenizer.json"
-
-
-FULL = """
-import resource, sys
-from grug_keras.data import tokenize
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    tokenize(sys.argv[1], "bytes", sys.argv[2])
-except ValueError as error:
-    print(error)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no file size limit there")
-def test_a_disk_that_ends_under_way_is_named(jsonl, tmp_path):
-    """A real write that fails: the system lets no file grow beyond 20 kB."""
-    text = tmp_path / "text.jsonl"
-    text.write_text(jsonl.read_text() * 20)
-    command = [sys.executable, "-c", FULL, str(text), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "cannot be written: [Errno 27]" in done.stdout, done.stderr
-    assert tokenize(str(text), "bytes", tmp_path / "out")["finished"]

@@ -1,18 +1,16 @@
-"""What the TPU compiler makes of attention, beside budgets: prints JSON.
+"""Attention lowered for every TPU kind, and compiled where it is new: prints JSON.
 
     python tests/tpu_attention.py [--write]
 
-`--write` makes the figures of this libtpu the budgets, in tpu_attention.json.
+A program that is that of tpu_attention.json has the figures of that file: see tpu_programs.py.
+`--write` keeps the figures of the others there.
 """
 
 import functools
 import importlib.metadata
 import json
 import os
-import pathlib
 import re
-import sys
-import tempfile
 
 os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
 
@@ -23,15 +21,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
+from tpu_programs import Programs
 
-BUDGETS = pathlib.Path(__file__).with_suffix(".json")
 HEAD_DIMS = (64, 96, 128, 192)
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 def attention(
+    programs,
+    name,
     kind,
-    folder,
     *,
     head_dim=128,
     length=2048,
@@ -40,8 +39,14 @@ def attention(
     packed=False,
     **options,
 ):
-    """Cycles of a step of each kernel, and of all the rest; memory. Of a forward and a backward
-    pass of two examples, two query heads and one key head."""
+    """Returns figures of a forward and a backward pass.
+
+    Of two examples with two query heads and one key head.
+
+    Returns:
+        dict of `kernels` (cycles of a grid step of each), `other` (cycles of all the rest),
+        `temporary` (bytes), `largest_buffer` (elements) and `program`.
+    """
 
     def loss(query, key, value, ids):
         mask = ops.AttentionMask(sliding_window=window)
@@ -51,27 +56,38 @@ def attention(
     shapes = [((2, length, heads, head_dim), dtype) for heads in (2, 1, 1)]
     shapes.append(((2, length), "int32"))
     arguments = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
-    compiled = tpu.compile_for(jax.grad(loss, (0, 1, 2)), arguments, kind)
+    lowered = tpu.lower_for(jax.grad(loss, (0, 1, 2)), arguments, kind)
+    return programs.figures(name, lowered, tpu.topology(kind).devices[:1], read_attention)
+
+
+def read_attention(compiled):
     text = compiled.as_text()
     return {
-        "kernels": tpu.kernel_cycles(folder),
+        "kernels": tpu.kernel_cycles(),
         "other": tpu.static_cycles(text),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
         "largest_buffer": tpu.largest_buffer(text)[0],
     }
 
 
-def plan(kind, length):
-    """Cycles of the plan of two packed examples."""
-    mask = ops.AttentionMask(segment_ids=np.ones((2, length), "int32"))
-    grid = Grid.of(mask, length, length)
-    ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
-    compiled = tpu.compile_for(lambda ids: plan_blocks(grid, (ids, ids)), [ids], kind)
-    return tpu.static_cycles(compiled.as_text())
+def packed_attention(programs, kind):
+    """Returns figures of two long packed examples, and `plan`: the cycles of their plan alone."""
+    mask = ops.AttentionMask(segment_ids=np.ones((2, 8192), "int32"))
+    grid = Grid.of(mask, 8192, 8192)
+    ids = jax.ShapeDtypeStruct((2, 8192), jnp.int32)
+    lowered = tpu.lower_for(lambda ids: plan_blocks(grid, (ids, ids)), [ids], kind)
+    devices = tpu.topology(kind).devices[:1]
+    plan = programs.figures(f"{kind}, plan", lowered, devices, read_plan)
+    figures = attention(programs, f"{kind}, packed", kind, length=8192, packed=True)
+    return {**figures, "plan": plan["cycles"]}
 
 
-def collectives(kind):
-    """What four devices, a mesh ("data", "model") of two by two, have to say to each other."""
+def read_plan(compiled):
+    return {"cycles": tpu.static_cycles(compiled.as_text())}
+
+
+def attention_on_a_mesh(programs, kind):
+    """Returns the kernels and collectives of four devices, `("data", "model")` of two by two."""
     devices = np.array(tpu.topology(kind).devices[:4]).reshape(2, 2)
     mesh = Mesh(devices, ("data", "model"))
     placement = HeadPlacement(mesh, "data", ("model",))
@@ -94,38 +110,39 @@ def collectives(kind):
         jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
         for shape, dtype, spec in layouts
     ]
-    text = jax.jit(output_and_gradients).lower(*arguments).compile().as_text()
-    kernels = text.count("tpu_custom_call")
-    return {
-        "kernels": kernels,
-        "collectives": [name for name in COLLECTIVES if re.search(rf" {name}(-start)?\(", text)],
-    }
+    lowered = jax.jit(output_and_gradients).lower(*arguments)
+    figures = programs.figures("mesh", lowered, devices.flat, read_mesh)
+    return {name: figures[name] for name in ("kernels", "collectives")}
+
+
+def read_mesh(compiled):
+    text = compiled.as_text()
+    kinds = [name for name in COLLECTIVES if re.search(rf" {name}(-start)?\(", text)]
+    return {"kernels": text.count("tpu_custom_call"), "collectives": kinds}
 
 
 def main():
-    with tempfile.TemporaryDirectory() as folder:
-        tpu.record_kernels(folder)
-        report = {
-            f"{kind}, head dim {head_dim}": attention(kind, folder, head_dim=head_dim)
-            for kind in tpu.CHIPS
-            for head_dim in HEAD_DIMS
-        }
-        # The most that a kernel has to hold at a time.
-        for kind in ("v5e", "v6e"):
-            report[f"{kind}, float32"] = attention(kind, folder, head_dim=192, dtype="float32")
-            report[f"{kind}, head dim 256"] = attention(
-                kind, folder, head_dim=256, sinks=jnp.zeros(2), logit_soft_cap=30.0
-            )
-        report["v5p, window"] = attention("v5p", folder, length=8192, window=256)
-        for kind in ("v5p", "v6e"):
-            report[f"{kind}, packed"] = attention(kind, folder, length=8192, packed=True)
-            report[f"{kind}, packed"]["plan"] = plan(kind, 8192)
-        report["v5p, long"] = attention("v5p", folder, length=16384)
-        report["mesh"] = collectives("v5p")
-    report["libtpu"] = importlib.metadata.version("libtpu")
-    if "--write" in sys.argv[1:]:
-        BUDGETS.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    tpu.record_kernels()
+    programs = Programs(__file__, always=["v5p, head dim 128"])
+    report = {}
+
+    def add(name, **options):
+        report[name] = attention(programs, name, name.split(",")[0], **options)
+
+    for kind in tpu.CHIPS:
+        for head_dim in HEAD_DIMS:
+            add(f"{kind}, head dim {head_dim}", head_dim=head_dim)
+    # The most that a kernel has to hold at a time.
+    for kind in ("v5e", "v6e"):
+        add(f"{kind}, float32", head_dim=192, dtype="float32")
+        options = {"sinks": jnp.zeros(2), "logit_soft_cap": 30.0}
+        add(f"{kind}, head dim 256", head_dim=256, **options)
+    add("v5p, window", length=8192, window=256)
+    for kind in ("v5p", "v6e"):
+        report[f"{kind}, packed"] = packed_attention(programs, kind)
+    add("v5p, long", length=16384)
+    report["mesh"] = attention_on_a_mesh(programs, "v5p")
+    print(json.dumps({**report, "libtpu": importlib.metadata.version("libtpu")}))
 
 
 if __name__ == "__main__":

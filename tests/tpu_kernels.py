@@ -1,16 +1,14 @@
-"""What the TPU compiler makes of the Pallas kernels, beside budgets: prints JSON.
+"""The fused loss lowered for TPUs, and compiled where it is new: prints JSON.
 
     python tests/tpu_kernels.py [--write]
 
-`--write` makes the figures of this libtpu the budgets, in tpu_kernels.json.
+With Pallas kernels and without. A program that is that of tpu_kernels.json has the figures of that
+file: see tpu_programs.py. `--write` keeps the figures of the others there.
 """
 
 import importlib.metadata
 import json
 import os
-import pathlib
-import sys
-import tempfile
 
 os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
 
@@ -18,26 +16,33 @@ from grug_keras import ops, tpu
 from grug_keras.ops.jax.cross_entropy_kernels import block_sizes
 import jax
 import jax.numpy as jnp
+from tpu_programs import Programs
 
-BUDGETS = pathlib.Path(__file__).with_suffix(".json")
 TOKENS, HIDDEN, VOCAB = 32768, 1024, 128_256
 
 
-def loss_and_gradients(implementation):
+def cross_entropy(programs, implementation, kind):
+    """Returns figures of a loss with its gradients.
+
+    Returns:
+        dict of `total` (cycles), `kernels` (cycles of a grid step of each), `temporary` (bytes),
+        `largest_buffer` (elements) and `program`.
+    """
+
     def loss(hidden, lm_head, labels):
         return ops.fused_linear_cross_entropy(
             hidden, lm_head, labels, implementation=implementation
         )
 
-    return jax.value_and_grad(loss, (0, 1))
-
-
-def cross_entropy(kind, implementation, folder):
-    """Cycles of a whole loss with its gradients, and of a step of each kernel."""
     shapes = ((TOKENS, HIDDEN), "bfloat16"), ((HIDDEN, VOCAB), "bfloat16"), ((TOKENS,), "int32")
     arguments = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
-    compiled = tpu.compile_for(loss_and_gradients(implementation), arguments, kind)
-    text, kernels = compiled.as_text(), tpu.kernel_cycles(folder)
+    lowered = tpu.lower_for(jax.value_and_grad(loss, (0, 1)), arguments, kind)
+    name = f"cross entropy, {implementation}, {kind}"
+    return programs.figures(name, lowered, tpu.topology(kind).devices[:1], read)
+
+
+def read(compiled):
+    text, kernels = compiled.as_text(), tpu.kernel_cycles()
     size, tile = block_sizes(TOKENS, HIDDEN, VOCAB)
     steps = -(-TOKENS // size) * -(-VOCAB // tile)
     return {
@@ -49,17 +54,14 @@ def cross_entropy(kind, implementation, folder):
 
 
 def main():
-    with tempfile.TemporaryDirectory() as folder:
-        tpu.record_kernels(folder)
-        report = {
-            f"cross entropy, {implementation}, {kind}": cross_entropy(kind, implementation, folder)
-            for kind in ("v6e", "tpu7x")
-            for implementation in ("pallas", "chunked")
-        }
-    report["libtpu"] = importlib.metadata.version("libtpu")
-    if "--write" in sys.argv[1:]:
-        BUDGETS.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    tpu.record_kernels()
+    programs = Programs(__file__)
+    report = {
+        f"cross entropy, {implementation}, {kind}": cross_entropy(programs, implementation, kind)
+        for kind in ("v6e", "tpu7x")
+        for implementation in ("pallas", "chunked")
+    }
+    print(json.dumps({**report, "libtpu": importlib.metadata.version("libtpu")}))
 
 
 if __name__ == "__main__":

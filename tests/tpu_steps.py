@@ -1,9 +1,11 @@
-"""Training steps compiled for every TPU kind, beside budgets: prints JSON.
+"""Training steps lowered for every TPU kind, and compiled where they are new: prints JSON.
 
     python tests/tpu_steps.py [--write]
 
-`--write` makes the figures of this libtpu the budgets, in tpu_steps.json. Also what one-line errors
-`grug compile` has, and what it makes of a size that fits nowhere.
+A step whose program is that of tpu_steps.json has the figures of that file: see tpu_programs.py.
+`--write` compiles the other steps and keeps their figures there (delete the file first to compile
+all of them, about 8 minutes on 2 cores). Without it the script also prints the one-line errors of
+`grug compile`, and what it says of a step that does not fit.
 """
 
 import importlib.metadata
@@ -11,16 +13,17 @@ import json
 import os
 import pathlib
 import sys
+from unittest import mock
 
 os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
 
 from click.testing import CliRunner
-from grug_keras import cli, tpu
-import jax
+import grug_cli
+from grug_keras import tpu
+from grug_keras.tpu import report as tpu_report
+from tpu_programs import Programs
 
-HERE = pathlib.Path(__file__).parent
-STARTER = HERE.parent / "speedruns" / "grugformer_starter.py"
-BUDGETS = pathlib.Path(__file__).with_suffix(".json")
+STARTER = pathlib.Path(__file__).parent.parent / "speedruns" / "grugformer_starter.py"
 STEPS = {
     "smoke, {kind}": (tpu.CHIPS, ["--batch", 8]),
     "130m, {kind}": (("v5p", "v5e", "v6e"), ["--batch", 32]),
@@ -35,36 +38,54 @@ ERRORS = {
     "batch": ["--batch", 30],
     "heads": ["--mesh", "data=1,model=4"],
     "size": ["--size", "7b"],
-    "preset too large": ["--size", "1_2b", "--batch", 4096],
+    "too large": ["--size", "130m", "--batch", 4096],
 }
 
 
-def compile_step(*options):
-    """Exit status and output of `grug compile`."""
+def grug_compile(*options):
+    """Runs `grug compile` on the starter; returns exit status, output and errors."""
     arguments = ["compile", str(STARTER), *map(str, options)]
-    result = CliRunner().invoke(cli.main, arguments)
+    result = CliRunner().invoke(grug_cli.main, arguments)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
 
 
+def step_report(programs, name, kind, options):
+    """Returns the report that `grug compile` prints, of known figures if the program is known."""
+    found = {}
+
+    def compile_step(step):
+        devices = step.state[0][0].sharding.mesh.devices.flat
+        found.update(programs.figures(name, step.lower(), devices, tpu.read_compiled))
+        return found
+
+    options = ["--size", name.split(",")[0], "--topology", tpu.CHIPS[kind].smallest, *options]
+    with mock.patch.object(tpu_report, "compile_step", compile_step):
+        _, out, error = grug_compile("--json", *options)
+    if not out:
+        return error
+    report = json.loads(out)
+    programs.keep(name, {**found, "step_seconds": report["step_seconds"]})
+    return report
+
+
 def main():
-    report = {"libtpu": importlib.metadata.version("libtpu"), "jax": jax.__version__}
-    steps, errors = {}, {}
-    for name, (kinds, options) in STEPS.items():
+    programs = Programs(__file__, always=["smoke, v5p"])
+    steps = {}
+    for pattern, (kinds, options) in STEPS.items():
         for kind in kinds:
-            size = name.split(",")[0]
-            slice_options = ["--size", size, "--topology", tpu.CHIPS[kind].smallest, "--json"]
-            _, out, err = compile_step(*slice_options, *options)
-            steps[name.format(kind=kind)] = json.loads(out) if out else err
-    if "--write" in sys.argv:
-        figures = ("temporaries", "step_seconds")
-        budgets = {name: {f: step[f] for f in figures} for name, step in steps.items()}
-        BUDGETS.write_text(json.dumps({**report, "steps": budgets}, indent=1) + "\n")
+            name = pattern.format(kind=kind)
+            steps[name] = step_report(programs, name, kind, options)
+    if "--write" in sys.argv[1:]:
         return
-    for name, options in ERRORS.items():
-        errors[name] = compile_step("--topology", "v5e:2x2", "--batch", 8, *options)
-    print(json.dumps({**report, "steps": steps, "errors": errors}))
+    errors = {
+        name: grug_compile("--topology", "v5e:2x2", "--batch", 8, *options)
+        for name, options in ERRORS.items()
+    }
+    version = importlib.metadata.version("libtpu")
+    report = {"libtpu": version, "steps": steps, "new": programs.new, "errors": errors}
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""Compiles a whole training step for every TPU kind; for test_fused_loss_jax.py: prints JSON.
+"""A training step lowered for every TPU kind, and compiled where it is new: prints JSON.
 
-{kind: {implementation: [elements of the largest buffer, tokens x vocabulary]}}
+    python tests/tpu_training_step.py [--write]
+
+`kinds` is {kind: {implementation of the loss: elements of the largest buffer}}. A program that is
+that of tpu_training_step.json has the figure of that file: see tpu_programs.py. `--write` keeps
+the figures of the others there.
 """
 
 import json
@@ -13,6 +17,7 @@ from grug_keras.loss import next_token_loss
 import jax
 import jax.numpy as jnp
 import keras
+from tpu_programs import Programs
 
 BATCH, SEQ_LEN, VOCAB = 16, 128, 50_000
 CONFIG = GrugConfig(
@@ -35,8 +40,8 @@ class WithImplementation(Grugformer):
         )
 
 
-def largest_buffer(kind, implementation):
-    """Of the step that `fit` compiles: model, loss, gradients, optimizer and metrics."""
+def largest_buffer(programs, kind, implementation):
+    """Elements of the largest buffer of a step: model, loss, gradients, optimizer and metrics."""
     keras.config.set_dtype_policy("mixed_bfloat16")
     model = WithImplementation(CONFIG)
     model.implementation = implementation
@@ -56,13 +61,20 @@ def largest_buffer(kind, implementation):
         tuple([v.value for v in group] for group in groups),
     )
     data = ({"token_ids": ids, "segment_ids": ids}, ids, weights)
-    compiled = tpu.compile_for(model.train_step, (state, data), kind)
-    return tpu.largest_buffer(compiled.as_text())[0]
+    lowered = tpu.lower_for(model.train_step, (state, data), kind)
+    devices = tpu.topology(kind).devices[:1]
+    figures = programs.figures(f"{implementation}, {kind}", lowered, devices, read)
+    return figures["largest_buffer"]
+
+
+def read(compiled):
+    return {"largest_buffer": tpu.largest_buffer(compiled.as_text())[0]}
 
 
 def main():
-    report = {kind: {"chunked": largest_buffer(kind, "chunked")} for kind in tpu.CHIPS}
-    report["v5p"]["reference"] = largest_buffer("v5p", "reference")
+    programs = Programs(__file__)
+    report = {kind: {"chunked": largest_buffer(programs, kind, "chunked")} for kind in tpu.CHIPS}
+    report["v5p"]["reference"] = largest_buffer(programs, "v5p", "reference")
     print(json.dumps({"tokens x vocabulary": BATCH * SEQ_LEN * VOCAB, "kinds": report}))
 
 

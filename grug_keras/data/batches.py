@@ -1,4 +1,4 @@
-"""Fixed-shape training batches as a pure function of (tokens, seed, step)."""
+"""Makes batches of a fixed shape, as a pure function of (tokens, seed, step)."""
 
 import copy
 import itertools
@@ -14,7 +14,8 @@ PACKINGS = {"stream": Stream, "best_fit": BestFit}
 def token_stream(documents, tokenizer):
     """Joins documents into one array: a start token before each, and one at the very end.
 
-    The start token after a document is what its last token must predict: "the end".
+    The label of a document's last token is the start token that follows, which so means "the
+    end".
 
     Args:
         documents: iterable of `bytes`.
@@ -33,30 +34,31 @@ def token_stream(documents, tokenizer):
 class TokenBatches(keras.utils.PyDataset):
     """Batches `(inputs, labels, weights)` of rows packed from a token stream.
 
-    Each epoch visits every row once, in an order drawn from `(seed, epoch)`. Batch `step`
-    depends on nothing else, so that a run can go on from anywhere, and each process can make
-    its own rows. Pass `shuffle=False` to `fit`: the order is already drawn.
+    Each epoch visits every row once, in an order drawn from `(seed, epoch)`. A batch depends
+    on the tokens, the seed and its step alone, so that a run can resume at any step, and each
+    process can make its own rows. Pass `shuffle=False` to `fit`: the order is already drawn.
+
+    Each batch holds `{"token_ids", "segment_ids"}` of int32 `(B, S)`, labels int32 `(B, S)` and
+    weights float32 `(B, S)`. Segments count the documents of a row from 1; 0 is padding, which
+    has weight 0. Positions are left out: the model derives them from the segments, and then
+    knows how large they can be.
 
     Args:
         tokens: int array `(n,)` from `token_stream`, or `ShardedTokens`.
         bos_id: int, the token that starts a document.
-        seq_len: int, S.
-        batch_size: int, B.
+        seq_len: int, S, tokens in a row.
+        batch_size: int, B, rows in a batch.
         steps: int or None. Number of batches; None reads every window once, in order, the
             last ones padded with weight 0 (for evaluation).
-        seed: int.
+        seed: int, seed of the order of the rows.
         rows: int array or None. Which of the B rows to make, for a process whose devices hold
-            only those; None makes all.
+            only these; None makes all.
         packing: str. `"stream"` cuts the stream into windows; `"best_fit"` puts whole
             documents side by side and pads the rest.
-        first_step: int, the step that comes first: what a run has done already.
-
-    Each batch holds `{"token_ids", "segment_ids"}` of int32 `(B, S)`, labels int32 `(B, S)` and
-    weights float32 `(B, S)`. Segments count the documents of a row from 1, 0 is padding. The
-    model's positions restart in each: it derives them, and then knows how large they can be.
+        first_step: int, number of steps that a run has done already; batch 0 is the next.
 
     Raises:
-        ValueError: if the stream is shorter than one window.
+        ValueError: if an argument is out of range, or the stream is shorter than one window.
     """
 
     def __init__(
@@ -102,47 +104,53 @@ class TokenBatches(keras.utils.PyDataset):
 
     def __getitem__(self, step):
         shape = (len(self.rows), self.seq_len)
-        at = np.zeros(shape, dtype=np.int64)
-        real, starts = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+        positions = np.zeros(shape, dtype=np.int64)
+        is_token, starts = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
         for row, pieces in enumerate(self.pieces(step)):
             offset = 0
             for start, length in pieces:
-                at[row, offset : offset + length] = np.arange(start, start + length)
+                positions[row, offset : offset + length] = np.arange(start, start + length)
                 starts[row, offset] = True
                 offset += length
-            real[row, :offset] = True
-        token_ids, labels = self.tokens[at], self.tokens[at + 1]
-        starts |= real & (token_ids == self.bos_id)
-        segment_ids = np.where(real, np.cumsum(starts, axis=1, dtype=np.int32), 0)
+            is_token[row, :offset] = True
+        token_ids, labels = self.tokens[positions], self.tokens[positions + 1]
+        starts |= is_token & (token_ids == self.bos_id)
+        segment_ids = np.where(is_token, np.cumsum(starts, axis=1, dtype=np.int32), 0)
         inputs = {"token_ids": token_ids, "segment_ids": segment_ids}
-        return inputs, labels, real.astype(np.float32)
+        return inputs, labels, is_token.astype(np.float32)
 
     def between(self, first, stop):
-        """The same batches from step `first` up to `stop`, counted from 0."""
+        """Returns the batches of the steps `first` to `stop - 1` only, counted from 0."""
         part = copy.copy(self)
         part.first_step, part.steps = first, stop
         return part
 
     def documents(self, step):
-        """Numbers of the documents that the batch of a step has tokens of, all processes' rows."""
-        whole = copy.copy(self)
-        whole.rows, whole.first_step = np.arange(self.batch_size), 0
+        """Returns the numbers of the documents in the batch of a step, rows of all processes.
+
+        Args:
+            step: int, counted from the start of the run, whatever `first_step` is.
+        """
+        all_rows = copy.copy(self)
+        all_rows.rows, all_rows.first_step = np.arange(self.batch_size), 0
         starts = document_starts(self.tokens, self.bos_id)
-        found = set()
-        for start, length in itertools.chain.from_iterable(whole.pieces(step)):
+        numbers = set()
+        for start, length in itertools.chain.from_iterable(all_rows.pieces(step)):
             first, last = np.searchsorted(starts, [start, start + length - 1], side="right") - 1
-            found.update(range(int(first), int(last) + 1))
-        return sorted(found)
+            numbers.update(range(int(first), int(last) + 1))
+        return sorted(numbers)
 
     def pieces(self, step):
-        """The stretches `[(position in the tokens, length)]` of each of this process's rows."""
-        found = []
+        """Returns the pieces `[(position in the tokens, length)]` of each row to make."""
+        pieces_of_rows = []
         for index in (self.first_step + step) * self.batch_size + self.rows:
             if not self.in_order:
                 epoch, index = divmod(int(index), self.num_rows)
                 if epoch != self._epoch:
                     self._epoch, self._order = epoch, self.packing.order(self.seed, epoch)
-                found.append(self.packing.row(self._order, index))
+                pieces_of_rows.append(self.packing.row(self._order, index))
+            elif index < self.num_rows:
+                pieces_of_rows.append(self.packing.row(None, index))
             else:
-                found.append(self.packing.row(None, index) if index < self.num_rows else [])
-        return found
+                pieces_of_rows.append([])
+        return pieces_of_rows

@@ -1,15 +1,16 @@
-"""A corpus in memory, split for training and validation."""
+"""Reads a corpus into memory, split for training and validation."""
 
 import dataclasses
 import logging
 
 from grug_keras.data.python_stdlib import fingerprint
-from grug_keras.data.sources import cut_text, open_source
+from grug_keras.data.sources import open_source
+from grug_keras.data.utf8 import cut_text
 
 logger = logging.getLogger("grug_keras.data")
 
 MAX_BYTES = 2**28  # text is held in memory; `grug tokenize` takes larger corpora
-_SPREAD = 64  # validation documents that a slice is spread over
+_SPREAD = 64  # number of validation documents that a slice takes text from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Corpus:
     """Documents as raw bytes, split for training and validation.
 
     Args:
-        name: str, what was asked for.
+        name: str, what the user asked for.
         train: list of `bytes`.
         validation: list of `bytes`, in a fixed order.
         sha256: str, fingerprint of the text of both splits.
@@ -29,11 +30,17 @@ class Corpus:
     sha256: str
 
     def validation_slice(self, num_bytes):
-        """The starts of validation documents, at most `num_bytes` bytes in all.
+        """Returns the starts of validation documents, at most `num_bytes` bytes in all.
 
         Long documents are cut to one common length, so that a single odd file does not
-        decide the score. It reads the first `_SPREAD` documents, or more if those are
+        decide the score. The text is from the first 64 documents, or from more if those are
         too short to fill the slice.
+
+        Args:
+            num_bytes: int.
+
+        Returns:
+            List of `bytes`.
         """
         documents, total = [], 0
         for text in self.validation:
@@ -86,7 +93,7 @@ def load_corpus(data="python_stdlib", max_bytes=MAX_BYTES):
 
 
 def _common_length(lengths, total):
-    """The longest cut such that `sum(min(cut, length))` stays within `total`."""
+    """Returns the largest int `cut` for which `sum(min(cut, length))` is at most `total`."""
     left = total
     for i, length in enumerate(sorted(lengths)):
         share = left // (len(lengths) - i)
@@ -97,7 +104,7 @@ def _common_length(lengths, total):
 
 
 def _up_to(pieces, max_bytes, data):
-    """Yields pieces until they hold `max_bytes`."""
+    """Yields pieces until they hold `max_bytes` bytes, then warns that text is left out."""
     total = 0
     for piece in pieces:
         if total + len(piece.text) > max_bytes:

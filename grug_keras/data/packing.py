@@ -1,4 +1,4 @@
-"""Which tokens go into which row: every window of a stream, or whole documents side by side."""
+"""Chooses the tokens of each row: windows of a stream, or whole documents side by side."""
 
 import numpy as np
 
@@ -6,14 +6,14 @@ import numpy as np
 class Stream:
     """Rows are consecutive windows of the stream, wherever documents begin.
 
-    Every token but the first of the stream is a label exactly once an epoch; in a seeded order
-    the windows of an epoch are all full, and what is left after the last one is not read.
+    An epoch reads every full window once, so that each token after the first of the stream is
+    a label once. What is left after the last full window is read only if `partial`.
 
     Args:
         tokens: int array `(n,)`, or `ShardedTokens`.
         bos_id: int, the token that starts a document.
-        seq_len: int, S.
-        partial: bool, whether a last window that is not full is a row too.
+        seq_len: int, tokens in a row.
+        partial: bool, whether the rest after the last full window is a row too.
     """
 
     def __init__(self, tokens, bos_id, seq_len, partial=False):
@@ -21,27 +21,28 @@ class Stream:
         self.num_rows = -(-self.num_tokens // seq_len) if partial else self.num_tokens // seq_len
 
     def order(self, seed, epoch):
-        """The rows of an epoch, in the order they come in."""
+        """Returns the rows of an epoch in their drawn order."""
         return np.random.default_rng((seed, epoch)).permutation(self.num_rows)
 
     def row(self, order, index):
-        """The pieces `[(position in the stream, length)]` of a row."""
+        """Returns the pieces `[(position in the stream, length)]` of a row."""
         start = (index if order is None else int(order[index])) * self.seq_len
         return [(start, min(self.seq_len, self.num_tokens - start))]
 
 
 class BestFit:
-    """Rows hold whole documents side by side, the next longest where it leaves least room.
+    """Rows hold whole documents side by side, packed so that they need little padding.
 
-    Every token but the first of the stream is a label exactly once an epoch. A row starts with
-    the start of a document, unless it goes on with one that is longer than a row; the room that
-    nothing fits is padding. This is best-fit decreasing bin packing, done for all pieces of one
-    length at a time; which of them go together is drawn anew each epoch.
+    This is best-fit decreasing bin packing: documents are placed from the longest to the
+    shortest, each into the row where it leaves the least room. A document that is longer than a
+    row is cut into pieces of a row's length and a rest. Every token but the first of the stream
+    is a label exactly once an epoch; room that nothing fits into is padding. Each epoch draws
+    anew which pieces of one length go into which row.
 
     Args:
         tokens: int array `(n,)`, or `ShardedTokens`.
         bos_id: int, the token that starts a document.
-        seq_len: int, S.
+        seq_len: int, tokens in a row.
     """
 
     def __init__(self, tokens, bos_id, seq_len):
@@ -55,20 +56,21 @@ class BestFit:
         self.length = np.minimum(lengths[document] - part * seq_len, seq_len)
         self.seq_len = seq_len
         # Slots: the i-th piece of a length goes to row `_row[i]` at offset `_offset[i]`.
-        self._row, self._offset = _fit(np.bincount(self.length, minlength=seq_len + 1))
+        counts = np.bincount(self.length, minlength=seq_len + 1)
+        self._row, self._offset = _best_fit_decreasing(counts)
         self.num_rows = int(self._row.max()) + 1
         self._slots = np.lexsort((self._offset, self._row))
         self._first = np.searchsorted(self._row[self._slots], np.arange(self.num_rows + 1))
 
     def order(self, seed, epoch):
-        """The rows of an epoch in the order they come in, and the piece of every slot."""
+        """Returns the rows of an epoch in their drawn order, and the piece of every slot."""
         rng = np.random.default_rng((seed, epoch))
         shuffled = rng.permutation(len(self.length))
         pieces = shuffled[np.argsort(-self.length[shuffled], kind="stable")]
         return rng.permutation(self.num_rows), pieces
 
     def row(self, order, index):
-        """The pieces `[(position in the stream, length)]` of a row."""
+        """Returns the pieces `[(position in the stream, length)]` of a row."""
         rows, pieces = order
         row = rows[index]
         slots = self._slots[self._first[row] : self._first[row + 1]]
@@ -76,7 +78,15 @@ class BestFit:
 
 
 def document_starts(tokens, bos_id):
-    """Where documents start, int64 array from 0; a last start that only ends one is left out."""
+    """Returns where documents start, as a sorted int64 array.
+
+    Position 0 always counts as a start. The start token at the very end does not: it only ends
+    the last document.
+
+    Args:
+        tokens: int array `(n,)`, or `ShardedTokens`.
+        bos_id: int, the token that starts a document.
+    """
     if hasattr(tokens, "positions"):
         starts = tokens.positions(bos_id)
     else:
@@ -84,17 +94,21 @@ def document_starts(tokens, bos_id):
     return np.unique(np.append(starts[starts < len(tokens) - 1], 0))
 
 
-def _fit(counts):
-    """Best-fit decreasing for `counts[length]` pieces of each length.
+def _best_fit_decreasing(counts):
+    """Packs pieces into rows, all pieces of one length at a time.
+
+    Args:
+        counts: int array `(row length + 1,)`, number of pieces of each length.
 
     Returns:
         Pair of int64 arrays: row and offset of each piece, the longest pieces first.
     """
     size = len(counts) - 1
-    open_rows = {}  # room left -> arrays of rows
+    open_rows = {}  # room left -> list of arrays of rows
     rows, offsets, opened = [], [], 0
 
     def place(length, room, into, times):
+        """Puts `times` pieces into each of the rows `into`, which have `room` left."""
         rows.append(np.repeat(into, times))
         offsets.append(np.tile(size - room + length * np.arange(times), len(into)))
         left = room - length * times

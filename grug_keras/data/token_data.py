@@ -1,4 +1,4 @@
-"""What a run trains on: the tokens of a corpus in memory, or token files."""
+"""Loads what a run trains on: the tokens of a corpus in memory, or token files."""
 
 import dataclasses
 import hashlib
@@ -13,8 +13,8 @@ from grug_keras.data.token_files import ShardedTokens
 from grug_keras.data.tokenizer import load_tokenizer
 import numpy as np
 
-_HELD_OUT = 0.1  # of token files that come without a validation file
-_SAMPLES, _SAMPLE_BYTES = 64, 2**16
+_HELD_OUT = 0.1  # share of the tokens, where the files come without a validation file
+_SAMPLES, _SAMPLE_BYTES = 64, 2**16  # what is read of each file for its fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,9 @@ class TokenData:
     """Training tokens, a fixed validation slice, and the tokenizer that made them.
 
     Attributes:
-        name: str, what was asked for.
-        sha256: str, fingerprint of text or tokens.
-        tokenizer: see `load_tokenizer`.
+        name: str, what the user asked for.
+        sha256: str, fingerprint of the text or the tokens.
+        tokenizer: the tokenizer, see `load_tokenizer`.
         train: int32 array, or `ShardedTokens`.
         validation: int32 array.
         train_bytes: int or None, length of the training text where it is known.
@@ -39,11 +39,11 @@ class TokenData:
 
     @property
     def validation_bytes(self):
-        """Bytes of the text that the validation tokens after the first one stand for."""
+        """int, bytes of text that the validation tokens after the first one stand for."""
         return int(self.tokenizer.token_bytes[self.validation[1:]].sum())
 
     def describe(self):
-        """What a record says about the data."""
+        """Returns a dict of what a run's record says about the data."""
         return {
             "name": self.name,
             "sha256": self.sha256,
@@ -69,7 +69,8 @@ def load_data(data, tokenizer=None, validation_bytes=2**18):
         `TokenData`.
 
     Raises:
-        ValueError: names what is wrong with the data or the tokenizer.
+        ValueError: if the data or the tokenizer is missing or bad, or they do not belong
+            together.
     """
     path = pathlib.Path(data).expanduser()
     if path.suffix == ".bin" and path.is_file():
@@ -89,9 +90,10 @@ def load_data(data, tokenizer=None, validation_bytes=2**18):
 
 
 def _from_files(data, folder, files, spec, validation_bytes):
-    made = folder / "dataset.json"
-    made = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else None
-    tokenizer = _tokenizer_of(data, folder, made, spec)
+    """Returns the `TokenData` of token files; `spec` names their tokenizer, or is None."""
+    record = folder / "dataset.json"
+    record = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    tokenizer = _tokenizer_of(data, folder, record, spec)
     held_out = [file for file in files if re.search(r"(^|[_.-])val", file.name)]
     if held_out:
         training = [file for file in files if file not in held_out]
@@ -103,43 +105,50 @@ def _from_files(data, folder, files, spec, validation_bytes):
         train, validation = ShardedTokens(files, tokenizer.vocab_size).split(1 - _HELD_OUT)
     return TokenData(
         name=data,
-        sha256=made["sha256"] if made else _fingerprint(files),
+        sha256=record["sha256"] if record else _fingerprint(files),
         tokenizer=tokenizer,
         train=train,
         validation=_first_bytes(validation, tokenizer, validation_bytes),
-        train_bytes=made["splits"]["train"]["bytes"] if made else None,
+        train_bytes=record["splits"]["train"]["bytes"] if record else None,
     )
 
 
-def _tokenizer_of(data, folder, made, spec):
-    if made is None:
+def _tokenizer_of(data, folder, record, spec):
+    """Returns the tokenizer of token files, and checks that it is the one that made them.
+
+    Args:
+        data: str, what the user asked for.
+        folder: `pathlib.Path` of the files.
+        record: dict, content of `dataset.json`, or None if there is none.
+        spec: str, the tokenizer that the user named, or None.
+    """
+    if record is None:
         if spec is None:
             raise ValueError(
                 f"data={data!r} does not say which tokenizer made it: name its tokenizer.json"
             )
         return load_tokenizer(spec)
-    known = made["tokenizer"]
-    kept = [folder / "tokenizer.json", folder / "tokenizer", "bytes"]
-    found = load_tokenizer(
-        spec or str(next(path for path in kept if path == "bytes" or path.exists()))
-    )
-    if found.sha256 != known["sha256"]:
+    saved = [folder / "tokenizer.json", folder / "tokenizer"]
+    default = next((str(path) for path in saved if path.exists()), "bytes")
+    tokenizer, recorded = load_tokenizer(spec or default), record["tokenizer"]
+    if tokenizer.sha256 != recorded["sha256"]:
+        name = str(spec or tokenizer.name)
         raise ValueError(
-            f"tokenizer={str(spec or found.name)!r} has sha256 {str(found.sha256)[:12]}, but "
-            f"data={data!r} was made with {known['name']!r}, {str(known['sha256'])[:12]}"
+            f"tokenizer={name!r} has sha256 {str(tokenizer.sha256)[:12]}, but "
+            f"data={data!r} was made with {recorded['name']!r}, {str(recorded['sha256'])[:12]}"
         )
-    return found
+    return tokenizer
 
 
 def _first_bytes(tokens, tokenizer, num_bytes):
-    """The first tokens, so many that those after the first one are `num_bytes` of text or less."""
+    """Returns the first tokens; those after the first one stand for at most `num_bytes` bytes."""
     first = tokens[: num_bytes + 1]
     ends = np.cumsum(tokenizer.token_bytes[first[1:]])
     return first[: 1 + int(np.searchsorted(ends, num_bytes, side="right"))]
 
 
 def _fingerprint(files):
-    """Over names, sizes and samples of all files, so that a large corpus is not read whole."""
+    """Returns the sha256 of names, sizes and samples of files; a large corpus is not read whole."""
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size

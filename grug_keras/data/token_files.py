@@ -9,45 +9,45 @@ writes the tokens alone (`data/openwebtext/prepare.py` of karpathy/nanoGPT).
 import os
 import pathlib
 
+from grug_keras.data.files import write_atomically
 import numpy as np
 
 _HEADER = 256
-_FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
-_PROBE = 2**20
+_FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: version, dtype
+_PROBE = 2**20  # tokens that are read at a time, and that are checked when a file is opened
 
 
-def _token_dtype(vocab_size):
+def token_dtype(vocab_size):
+    """Returns the dtype of tokens on disk: uint16 up to 65536 ids, else uint32."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
 def header(vocab_size, num_tokens):
-    """The header of a shard, as int32 array `(256,)`."""
-    dtype = _token_dtype(vocab_size)
-    magic = next(m for m, (_, d) in _FORMATS.items() if d == dtype)
+    """Returns the header of a shard as an int32 array `(256,)`."""
+    wanted = token_dtype(vocab_size)
+    magic = next(magic for magic, (_, dtype) in _FORMATS.items() if dtype == wanted)
     words = np.zeros(_HEADER, dtype="<i4")
     words[:3] = magic, _FORMATS[magic][0], num_tokens
     return words
 
 
 def write_shard(path, tokens, vocab_size):
-    """Writes one shard, whole or not at all.
+    """Writes one shard; if that fails, no half-written file is left.
 
     Args:
-        path: the file.
+        path: path of the file.
         tokens: int array `(n,)`.
         vocab_size: int; up to 65536 the tokens are uint16, else uint32.
 
     Raises:
         ValueError: if a token is not in `[0, vocab_size)`.
     """
-    from grug_keras.results import write_atomically
-
     tokens = np.asarray(tokens)
     if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
         raise ValueError(
             f"tokens must be in [0, vocab_size={vocab_size}), got {tokens.min()}..{tokens.max()}"
         )
-    dtype = _token_dtype(vocab_size)
+    dtype = token_dtype(vocab_size)
 
     def write(temporary):
         with open(temporary, "wb") as file:
@@ -61,22 +61,23 @@ def read_shard(path, vocab_size):
     """Maps a token file into memory.
 
     Args:
-        path: a file with the header of modded-nanogpt or of llm.c, or without one.
-        vocab_size: int, of the tokenizer that made it. It decides the type of the tokens of a
-            file without a header, uint16 up to 65536 as nanoGPT has it.
+        path: path of a file with the header of modded-nanogpt or of llm.c, or without one.
+        vocab_size: int, vocabulary size of the tokenizer that made it. It decides the dtype of
+            the tokens of a file without a header, uint16 up to 65536 as nanoGPT has it.
 
     Returns:
         Read-only uint16 or uint32 array `(n,)`.
 
     Raises:
-        ValueError: if the header is wrong, the length is odd, or there are other tokens.
+        ValueError: if the header is wrong, the length is no whole number of tokens, or the
+            first tokens are not of such a vocabulary.
     """
     path = pathlib.Path(path)
     size = path.stat().st_size
     words = np.fromfile(path, dtype="<i4", count=3)
     if len(words) == 3 and int(words[0]) in _FORMATS:
         tokens = _with_header(path, size, *map(int, words))
-        if tokens.dtype.itemsize < _token_dtype(vocab_size).itemsize:
+        if tokens.dtype.itemsize < token_dtype(vocab_size).itemsize:
             raise ValueError(
                 f"data={str(path)!r} has {tokens.dtype.name} tokens, too small for vocab_size="
                 f"{vocab_size}: another tokenizer made it"
@@ -87,25 +88,13 @@ def read_shard(path, vocab_size):
             f"known are {', '.join(map(str, _FORMATS))}"
         )
     else:
-        dtype = _token_dtype(vocab_size)
-        if size == 0 or size % dtype.itemsize:
-            raise ValueError(
-                f"data={str(path)!r} has no known header, and {size} bytes are no whole number "
-                f"of {dtype.name} tokens"
-            )
-        tokens = np.memmap(path, dtype=dtype, mode="r")
-        start = tokens[:_PROBE]
-        if dtype.itemsize == 2 and len(start) > 64 and not start[1::2].any():
-            raise ValueError(
-                f"data={str(path)!r} looks like uint32 tokens (every second uint16 is 0), but "
-                f"a vocabulary of {vocab_size} has uint16: another tokenizer made it"
-            )
+        tokens = _without_header(path, size, vocab_size)
     check_tokens(path, tokens[:_PROBE], vocab_size)
     return tokens
 
 
 def _looks_like_a_header(path, size):
-    """Whether 256 int32 stand first that are nearly all 0, as in every header of this kind."""
+    """Returns whether a file begins with 256 int32 that are nearly all 0, as headers do."""
     words = np.fromfile(path, dtype="<i4", count=_HEADER)
     return len(words) == _HEADER and words[0] and not words[8:].any()
 
@@ -116,17 +105,34 @@ def _with_header(path, size, magic, version, count):
         raise ValueError(
             f"data={str(path)!r} has version {version} in its header, expected {expected}"
         )
-    found = size - 4 * _HEADER
-    if count < 1 or found != count * dtype.itemsize:
+    following = size - 4 * _HEADER
+    if count < 1 or following != count * dtype.itemsize:
         raise ValueError(
             f"data={str(path)!r} should hold {count} tokens of {dtype.itemsize} bytes by its "
-            f"header, but {max(found, 0)} bytes follow it"
+            f"header, but {max(following, 0)} bytes follow it"
         )
     return np.memmap(path, dtype=dtype, mode="r", offset=4 * _HEADER)
 
 
+def _without_header(path, size, vocab_size):
+    dtype = token_dtype(vocab_size)
+    if size == 0 or size % dtype.itemsize:
+        raise ValueError(
+            f"data={str(path)!r} has no known header, and {size} bytes are no whole number "
+            f"of {dtype.name} tokens"
+        )
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    start = tokens[:_PROBE]
+    if dtype.itemsize == 2 and len(start) > 64 and not start[1::2].any():
+        raise ValueError(
+            f"data={str(path)!r} looks like uint32 tokens (every second uint16 is 0), but "
+            f"a vocabulary of {vocab_size} has uint16: another tokenizer made it"
+        )
+    return tokens
+
+
 def check_tokens(path, tokens, vocab_size):
-    """Raises ValueError where a token is none of the vocabulary."""
+    """Raises ValueError if a token is not in `[0, vocab_size)`."""
     if tokens.size and (largest := int(tokens.max())) >= vocab_size:
         raise ValueError(
             f"data={str(path)!r} holds token {largest}, but the tokenizer has vocab_size="
@@ -135,11 +141,16 @@ def check_tokens(path, tokens, vocab_size):
 
 
 class ShardedTokens:
-    """Token files as one long array, read where it is indexed.
+    """Token files that can be indexed like one long array; only what is indexed is read.
 
     Args:
-        paths: list of token files, in order.
+        paths: list of paths of token files, in order.
         vocab_size: int, see `read_shard`.
+        shards: list of int arrays, one a path, or None to map the files into memory.
+
+    Raises:
+        ValueError: if there is no file, or one is bad. Indexing raises it as well, where a
+            token is not of the vocabulary.
 
     Example:
 
@@ -160,22 +171,29 @@ class ShardedTokens:
         return int(self._ends[-1])
 
     def __getitem__(self, index):
-        """The tokens at an int array of positions, or of a slice, as int32."""
+        """Returns the tokens at an int array of positions, or of a slice, as int32."""
         if isinstance(index, slice):
             index = np.arange(*index.indices(len(self)))
         index = np.asarray(index)
-        which = np.searchsorted(self._ends, index, side="right")
-        found = np.empty(index.shape, dtype=np.int32)
-        for number in np.unique(which):
-            here = which == number
+        shard_numbers = np.searchsorted(self._ends, index, side="right")
+        tokens = np.empty(index.shape, dtype=np.int32)
+        for number in np.unique(shard_numbers):
+            here = shard_numbers == number
             start = self._ends[number] - len(self.shards[number])
-            tokens = self.shards[number][index[here] - start]
-            check_tokens(self.paths[number], tokens, self.vocab_size)
-            found[here] = tokens
-        return found
+            tokens_here = self.shards[number][index[here] - start]
+            check_tokens(self.paths[number], tokens_here, self.vocab_size)
+            tokens[here] = tokens_here
+        return tokens
 
     def split(self, part):
-        """Two arrays: the first `part` of the tokens, and the rest."""
+        """Splits the tokens in two.
+
+        Args:
+            part: float in `[0, 1]`, share of the tokens that comes first.
+
+        Returns:
+            List of two `ShardedTokens`: the first `part` of the tokens, and the rest.
+        """
         cut, halves = int(part * len(self)), ([], [])
         for path, shard, end in zip(self.paths, self.shards, self._ends, strict=True):
             at = min(max(cut - (end - len(shard)), 0), len(shard))
@@ -188,11 +206,11 @@ class ShardedTokens:
         ]
 
     def positions(self, token):
-        """Where a token occurs, int64 array; reads the files once."""
+        """Returns the positions where a token occurs as an int64 array; reads all files."""
         starts = self._ends - [len(shard) for shard in self.shards]
-        found = [
+        positions = [
             start + part + np.flatnonzero(shard[part : part + _PROBE] == token)
             for start, shard in zip(starts, self.shards, strict=True)
             for part in range(0, len(shard), _PROBE)
         ]
-        return np.concatenate(found)
+        return np.concatenate(positions)

@@ -1,4 +1,4 @@
-"""A corpus of any size, tokenized to shards on disk."""
+"""Tokenizes a corpus of any size to shards on disk."""
 
 import collections
 import concurrent.futures
@@ -10,11 +10,10 @@ import os
 import pathlib
 import shutil
 
+from grug_keras.data.files import write_json
+from grug_keras.data.shard_writer import ShardWriter
 from grug_keras.data.sources import open_source
-from grug_keras.data.token_files import header
 from grug_keras.data.tokenizer import batched, load_tokenizer
-from grug_keras.results import write_json
-import numpy as np
 
 SHARD_TOKENS = 10**8  # as modded-nanogpt
 _SAVE_BYTES = 2**26  # of text between two saves of the progress
@@ -48,8 +47,6 @@ def tokenize(data, tokenizer, out, *, shard_tokens=SHARD_TOKENS, progress=False)
 
     >>> tokenize("python_stdlib", "bpe:4096", "data/stdlib")["splits"]["train"]["tokens"]
     """
-    import filelock
-
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be at least 1, got {shard_tokens}")
     out = pathlib.Path(out)
@@ -63,36 +60,25 @@ def tokenize(data, tokenizer, out, *, shard_tokens=SHARD_TOKENS, progress=False)
     state = _read_state(out, request)
     if state is not None and state["finished"]:
         return _read_json(out / "dataset.json")
-    tokenizer = _tokenizer(source, request["tokenizer"], out)
-    new = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(out / ".lock", timeout=0):
-            return _tokenize(source, tokenizer, request, out, state, progress)
-    except filelock.Timeout:
-        raise ValueError(f"out={str(out)!r}: another process is writing there") from None
-    except ValueError:
-        if new and not _read_json(out / "progress.json")["pieces"]:
-            shutil.rmtree(out)  # nothing that a second call could go on from
-        raise
-    except OSError as error:
-        raise ValueError(
-            f"out={str(out)!r} cannot be written: {error}; what is there is kept, and the same "
-            "command goes on"
-        ) from error
+    return _tokenize_locked(source, request, out, state, progress)
 
 
 def _read_state(out, request):
-    """What a former call left: None if nothing."""
+    """Returns the state that a former call left in `out`, or None if there is none.
+
+    Raises:
+        ValueError: if `out` holds something else.
+    """
     for name in ("dataset.json", "progress.json"):
         if (out / name).exists():
             state = _read_json(out / name)
-            other = {k: v for k, v in request.items() if state["request"].get(k) != v}
-            if other:
-                name, value = next(iter(other.items()))
+            former = state["request"]
+            changed = [key for key, value in request.items() if former.get(key) != value]
+            if changed:
+                key = changed[0]
                 raise ValueError(
-                    f"out={str(out)!r} holds tokens of another {name}: "
-                    f"{state['request'].get(name)!r}, not {value!r}; choose another folder"
+                    f"out={str(out)!r} holds tokens of another {key}: "
+                    f"{former.get(key)!r}, not {request[key]!r}; choose another folder"
                 )
             return state
     if out.exists() and (not out.is_dir() or any(p.name != ".lock" for p in out.iterdir())):
@@ -107,8 +93,72 @@ def _read_json(path):
         raise ValueError(f"{path} cannot be read: {error}; delete the folder") from None
 
 
-def _tokenize(source, tokenizer, request, out, state, progress):
-    state = state or {
+def _tokenize_locked(source, request, out, state, progress):
+    """Writes the folder, unless another process does; errors of the disk become ValueError."""
+    import filelock
+
+    tokenizer = _load_tokenizer_once(source, request["tokenizer"], out)
+    new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(out / ".lock", timeout=0):
+            return _write_folder(source, tokenizer, request, out, state, progress)
+    except filelock.Timeout:
+        raise ValueError(f"out={str(out)!r}: another process is writing there") from None
+    except ValueError:
+        if new and not _read_json(out / "progress.json")["pieces"]:
+            shutil.rmtree(out)  # nothing that a second call could go on from
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"out={str(out)!r} cannot be written: {error}; what is there is kept, and the same "
+            "command goes on"
+        ) from error
+
+
+def _load_tokenizer_once(source, spec, out):
+    """Returns the tokenizer; a BPE that a former call trained is not trained again."""
+    if spec.startswith("bpe:") and (out / "tokenizer.json").exists():
+        return load_tokenizer(str(out / "tokenizer.json"))
+
+    def texts():
+        return (piece.text for piece in source.pieces() if piece.split == "train")
+
+    return load_tokenizer(spec, texts)
+
+
+def _write_folder(source, tokenizer, request, out, state, progress):
+    """Writes tokenizer and shards from where `state` ends, then `dataset.json`; returns that."""
+    state = state or _first_state(request, tokenizer)
+    write_json(out / "progress.json", state)
+    tokenizer.save(out)
+    writers = {
+        split: ShardWriter(
+            out, name, tokenizer, request["shard_tokens"], state["splits"].get(split)
+        )
+        for split, name in FILE_NAMES.items()
+    }
+    try:
+        _write_pieces(source, tokenizer, out, state, writers, progress)
+        for split, writer in writers.items():
+            if not writer.counts["documents"]:
+                raise ValueError(f"data={source.name!r} has no text for the {split} split")
+        for writer in writers.values():
+            writer.finish()
+        state["splits"] = {split: writer.state() for split, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.close()
+    digests = [state["splits"][split]["sha256"] for split in FILE_NAMES]
+    joined = "".join([*digests, str(tokenizer.sha256)])
+    state.update(finished=True, sha256=hashlib.sha256(joined.encode()).hexdigest())
+    write_json(out / "dataset.json", state)
+    (out / "progress.json").unlink(missing_ok=True)
+    return state
+
+
+def _first_state(request, tokenizer):
+    return {
         "request": request,
         "finished": False,
         "pieces": 0,
@@ -121,65 +171,34 @@ def _tokenize(source, tokenizer, request, out, state, progress):
         },
         "splits": {},
     }
-    write_json(out / "progress.json", state)
-    tokenizer.save(out)
-    writers = {
-        split: _Writer(out, name, tokenizer, request["shard_tokens"], state["splits"].get(split))
-        for split, name in FILE_NAMES.items()
-    }
-
-    def save():
-        state["splits"] = {split: writer.state() for split, writer in writers.items()}
-        write_json(out / "progress.json", state)
-
-    saved = sum(writer.counts["bytes"] for writer in writers.values())
-    try:
-        for pieces, ids in _progress_bar(_encoded(source, tokenizer, state["pieces"]), source,
-                                         saved, progress):  # fmt: skip
-            _check_room(out, pieces, ids)
-            for piece, tokens in zip(pieces, ids, strict=True):
-                writers[piece.split].add(piece, tokens)
-                state["empty_documents"] += not piece.text
-            state["pieces"] += len(pieces)
-            done = sum(writer.counts["bytes"] for writer in writers.values())
-            if done - saved >= _SAVE_BYTES:
-                save()
-                saved = done
-        for split, writer in writers.items():
-            if not writer.counts["documents"]:
-                raise ValueError(f"data={source.name!r} has no text for the {split} split")
-        for writer in writers.values():
-            writer.finish()
-        state["splits"] = {split: writer.state() for split, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.close()
-    digests = [state["splits"][split]["sha256"] for split in FILE_NAMES]
-    state.update(
-        finished=True,
-        sha256=hashlib.sha256("".join([*digests, str(tokenizer.sha256)]).encode()).hexdigest(),
-    )
-    write_json(out / "dataset.json", state)
-    (out / "progress.json").unlink(missing_ok=True)
-    return state
 
 
-def _tokenizer(source, spec, out):
-    """The tokenizer; one that is trained here, only once."""
-    if spec.startswith("bpe:") and (out / "tokenizer.json").exists():
-        return load_tokenizer(str(out / "tokenizer.json"))
+def _write_pieces(source, tokenizer, out, state, writers, progress):
+    """Writes the tokens of all pieces after `state["pieces"]`; saves the progress now and then."""
 
-    def texts():
-        return (piece.text for piece in source.pieces() if piece.split == "train")
+    def bytes_done():
+        return sum(writer.counts["bytes"] for writer in writers.values())
 
-    return load_tokenizer(spec, texts)
+    saved = bytes_done()
+    batches = _encoded(source, tokenizer, state["pieces"])
+    for pieces, ids in _progress_bar(batches, source, saved, progress):
+        _check_room(out, pieces, ids)
+        for piece, tokens in zip(pieces, ids, strict=True):
+            writers[piece.split].add(piece, tokens)
+            state["empty_documents"] += not piece.text
+        state["pieces"] += len(pieces)
+        if bytes_done() - saved >= _SAVE_BYTES:
+            state["splits"] = {split: writer.state() for split, writer in writers.items()}
+            write_json(out / "progress.json", state)
+            saved = bytes_done()
 
 
 def _encoded(source, tokenizer, skip):
-    """Yields `(pieces, ids of each)`; every core tokenizes a batch of its own.
+    """Yields `(pieces, ids of each)`, the first `skip` pieces left out.
 
-    So nothing waits for what Python does with one batch, where the library's own threads share
-    each batch and then wait for it (`benchmarks/tokenizing.py`).
+    Every core tokenizes a batch of its own, so that none waits for what Python does with one
+    batch. The library's own threads would share each batch, and then wait for that
+    (`benchmarks/tokenizing.py`).
     """
     pieces = itertools.islice(source.pieces(), skip, None)
     cores = os.cpu_count() or 1
@@ -212,6 +231,7 @@ def _library_threads_off():
 
 
 def _progress_bar(batches, source, done, show):
+    """Yields `batches`, and draws a bar of the bytes of text on stderr if `show`."""
     import tqdm
 
     with tqdm.tqdm(
@@ -225,6 +245,7 @@ def _progress_bar(batches, source, done, show):
 
 
 def _check_room(out, pieces, ids):
+    """Raises ValueError if the disk has no room for the tokens of a batch."""
     needed = 4 * sum(map(len, ids)) + _SPARE_BYTES
     free = shutil.disk_usage(out).free
     if free < needed:
@@ -234,95 +255,3 @@ def _check_room(out, pieces, ids):
             f"the documents around {longest.name!r}; what is there is kept: make room and give "
             "the same command again"
         )
-
-
-class _Writer:
-    """The shards of one split; `state` is enough to go on after a crash."""
-
-    def __init__(self, folder, name, tokenizer, shard_tokens, state=None):
-        self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
-        self.vocab_size, self.bos_id = tokenizer.vocab_size, tokenizer.bos_id
-        self.item = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
-        self.shards, self.open_tokens, self.digest = [], 0, ""
-        self.counts = {"documents": 0, "bytes": 0, "tokens": 0}
-        if state is not None:
-            self.shards, self.digest = list(state["shards"]), state["sha256"]
-            self.counts = {name: state[name] for name in self.counts}
-            self.open_tokens = state["open_tokens"]
-        self._file = self._open(keep=self.open_tokens)
-
-    @property
-    def _partial(self):
-        return self.folder / f".{self._shard_name}.partial"
-
-    @property
-    def _shard_name(self):
-        return f"{self.name}_{len(self.shards):06d}.bin"
-
-    def _open(self, keep=0):
-        """Opens the shard in work, cut to the tokens that are known to be on disk."""
-        finished = self.folder / self._shard_name
-        if keep and finished.exists():  # after the progress was last saved
-            os.replace(finished, self._partial)
-        file = open(self._partial, "r+b" if keep else "wb")  # noqa: SIM115
-        size = 4 * 256 + keep * self.item.itemsize
-        if keep and os.fstat(file.fileno()).st_size < size:
-            raise ValueError(
-                f"{self._partial} is shorter than progress.json says; delete the folder"
-            )
-        file.write(header(self.vocab_size, 0).tobytes())
-        file.truncate(size)
-        file.seek(size)
-        return file
-
-    def add(self, piece, tokens):
-        if not piece.text:
-            return
-        if self.open_tokens >= self.shard_tokens:
-            self._finish_shard()
-            self._file = self._open()
-        if piece.starts:
-            self._write([self.bos_id])
-        self._write(tokens)
-        self.counts["documents"] += piece.starts
-        self.counts["bytes"] += len(piece.text)
-        known = f"{self.digest}\0{piece.name}\0{piece.starts}\0{len(piece.text)}\0".encode()
-        self.digest = hashlib.sha256(known + piece.text).hexdigest()
-
-    def _write(self, tokens):
-        self._file.write(np.asarray(tokens).astype(self.item).tobytes())
-        self.open_tokens += len(tokens)
-        self.counts["tokens"] += len(tokens)
-
-    def _finish_shard(self):
-        self._file.seek(0)
-        self._file.write(header(self.vocab_size, self.open_tokens).tobytes())
-        self.close()
-        os.replace(self._partial, self.folder / self._shard_name)
-        self.shards.append(self.open_tokens)
-        self.open_tokens = 0
-
-    def finish(self):
-        """Ends the last document and the last shard."""
-        self._write([self.bos_id])
-        self._finish_shard()
-
-    def close(self):
-        if not self._file.closed:
-            self._sync()
-            self._file.close()
-
-    def _sync(self):
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def state(self):
-        """What is safely on disk."""
-        if not self._file.closed:
-            self._sync()
-        return {
-            "shards": self.shards,
-            "open_tokens": self.open_tokens,
-            "sha256": self.digest,
-            **self.counts,
-        }

@@ -1,10 +1,10 @@
-"""`docs/archive.md` as data: the entries, and the edits that commands make to them."""
+"""Reads and edits `docs/archive.md`, the list of all experiments."""
 
 import dataclasses
 import re
 
-from grug_keras.experiments.repository import ARCHIVE
-from grug_keras.results import write_atomically
+from grug_keras.data.files import write_atomically
+from grug_keras.experiments.checkout import ARCHIVE
 
 FIELDS = (
     "Path",
@@ -21,20 +21,20 @@ FIELDS = (
 )
 REQUIRED = ("Path", "Bucket", "Introduced", "Status", "Purpose", "Verdict")
 STATUSES = ("active", "superseded", "deleted")
-PENDING = "pending"  # of a commit that has no name yet, and of a verdict
+PENDING = "pending"  # a commit that does not exist yet, or a verdict that is not measured yet
 BUCKETS = ("attention", "block", "mlp", "loss", "optimizer")
 _HEADING = "## Experiments"
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One experiment of the archive.
+    """The entry of one experiment.
 
     Attributes:
         id: str.
-        line: int, of its heading, from 1.
-        fields: dict of name -> value.
-        lines: dict of name -> line of the field.
+        line: int, line number of its heading, from 1.
+        fields: dict of field name -> value.
+        lines: dict of field name -> line number.
     """
 
     id: str
@@ -44,76 +44,84 @@ class Entry:
 
     @property
     def path(self):
-        """The script, relative to the repository, or None."""
+        """The path of the script, relative to the checkout, or None."""
         return self.fields.get("Path", "").strip("`") or None
 
     @property
     def status(self):
-        """Of `STATUSES`, if the entry is right."""
+        """The Status field, or None. A valid entry has one of `STATUSES`."""
         return self.fields.get("Status")
 
     @property
     def buckets(self):
-        """What it says that it changes: a set of `BUCKETS`, empty for `none`."""
+        """The buckets that the experiment says it changes, a set; empty for `none`."""
         names = {name.strip() for name in self.fields.get("Bucket", "").split(",")}
         return names - {"none", ""}
 
 
 class Archive:
-    """The archive of a checkout, its text and its entries.
+    """The archive of a checkout.
 
     Args:
-        repository: `Repository`.
+        checkout: `Checkout`.
 
     Attributes:
+        text: str, the content of the file.
         entries: dict of id -> `Entry`, in the order of the file.
-        problems: list of `(line, id, sentence)`, of what cannot be read.
+        problems: list of `(line, id, sentence)` for each line that cannot be read.
     """
 
-    def __init__(self, repository):
-        self.file = repository.root / ARCHIVE
+    def __init__(self, checkout):
+        self.file = checkout.root / ARCHIVE
         self._parse(self.file.read_text(encoding="utf-8"))
 
     def _parse(self, text):
         self.text, self.entries, self.problems = text, {}, []
-        fenced, within, entry = False, False, None
+        in_code_block, in_experiments, entry = False, False, None
         for number, line in enumerate(text.splitlines(), 1):
             if line.startswith("```"):
-                fenced = not fenced
-            if fenced:
+                in_code_block = not in_code_block
+            if in_code_block:
                 continue
             if line.startswith("## "):
-                within = line == _HEADING
-            elif within and line.startswith("### "):
-                entry = Entry(line[4:].strip(), number, {}, {})
-                if entry.id in self.entries:
-                    first = self.entries[entry.id].line
-                    self.problems.append(
-                        (number, entry.id, f"the id is that of line {first} too: rename one")
-                    )
-                else:
-                    self.entries[entry.id] = entry
-            elif within and line.startswith("- "):
-                self._field(entry, number, line)
+                in_experiments = line == _HEADING
+            elif in_experiments and line.startswith("### "):
+                entry = self._parse_heading(number, line)
+            elif in_experiments and line.startswith("- "):
+                self._parse_field(entry, number, line)
 
-    def _field(self, entry, number, line):
+    def _parse_heading(self, number, line):
+        entry = Entry(line[4:].strip(), number, {}, {})
+        if entry.id in self.entries:
+            first = self.entries[entry.id].line
+            sentence = f"line {first} has the same id: rename one of them"
+            self.problems.append((number, entry.id, sentence))
+        else:
+            self.entries[entry.id] = entry
+        return entry
+
+    def _parse_field(self, entry, number, line):
         match = re.fullmatch(r"- ([A-Z][\w -]*?): (.*\S)\s*", line)
         if entry is None or match is None or match[1] not in FIELDS:
-            name = entry.id if entry else "no entry"
-            self.problems.append(
-                (number, name, f"{line!r} is no field: write '- <field>: <value>', "
-                 f"a field being {', '.join(FIELDS)}")
-            )  # fmt: skip
+            sentence = f"{line!r} is not a field: write '- <field>: <value>', with one of the "
+            sentence += f"fields {', '.join(FIELDS)}"
+            self.problems.append((number, entry.id if entry else "no entry", sentence))
         elif match[1] in entry.fields:
             self.problems.append((number, entry.id, f"{match[1]} is given twice: keep one"))
         else:
             entry.fields[match[1]], entry.lines[match[1]] = match[2], number
 
     def find(self, name):
-        """The entry of an id or of a script's path.
+        """Finds the entry of an experiment.
+
+        Args:
+            name: str, the id of the entry or the path of the script.
+
+        Returns:
+            `Entry`.
 
         Raises:
-            ValueError: names the ids that there are.
+            ValueError: if there is no such entry; it lists the ids that exist.
         """
         if name in self.entries:
             return self.entries[name]
@@ -127,31 +135,36 @@ class Archive:
         )
 
     def add(self, name, fields):
-        """Adds an entry, in the order of the ids, and writes the file."""
-        lines = self.text.rstrip("\n").split("\n")
-        after = [entry.line for entry in self.entries.values() if entry.id > name]
-        at = min(after, default=len(lines) + 2) - 1
-        block = [f"### {name}", *(f"- {f}: {fields[f]}" for f in FIELDS if f in fields), ""]
-        if not after:
-            lines, block = [*lines, ""], block[:-1]
-        self._parse("\n".join([*lines[:at], *block, *lines[at:]]) + "\n")
-        self._write()
-
-    def set(self, name, **values):
-        """Sets fields of an entry and writes the file; None takes a field away.
+        """Adds an entry, keeping the ids in alphabetical order, and writes the file.
 
         Args:
             name: str, id.
-            **values: by the fields' names, `_` for a space: `Superseded_by="core"`.
+            fields: dict of field name -> value.
+        """
+        lines = self.text.rstrip("\n").split("\n")
+        later = [entry.line for entry in self.entries.values() if entry.id > name]
+        index = min(later, default=len(lines) + 2) - 1
+        block = [f"### {name}", *(f"- {f}: {fields[f]}" for f in FIELDS if f in fields), ""]
+        if not later:
+            lines, block = [*lines, ""], block[:-1]
+        self._parse("\n".join([*lines[:index], *block, *lines[index:]]) + "\n")
+        self._write()
+
+    def set(self, name, **values):
+        """Sets fields of an entry and writes the file.
+
+        Args:
+            name: str, id.
+            **values: field name -> value, with `_` for a space or a hyphen in the name, as in
+                `Superseded_by="core"`. None removes the field.
         """
         for key, value in values.items():
             lines = self.text.rstrip("\n").split("\n")
             field = next(f for f in FIELDS if re.sub(r"\W", "_", f) == key)
             entry = self.entries[name]
             if field in entry.lines:
-                lines[entry.lines[field] - 1 : entry.lines[field]] = (
-                    [] if value is None else [f"- {field}: {value}"]
-                )
+                number = entry.lines[field]
+                lines[number - 1 : number] = [] if value is None else [f"- {field}: {value}"]
             elif value is not None:
                 before = [entry.lines[f] for f in FIELDS[: FIELDS.index(field)] if f in entry.lines]
                 lines.insert(max(before, default=entry.line), f"- {field}: {value}")

@@ -1,13 +1,14 @@
-"""A new experiment: the starter's frame, a class to edit, and an entry in the archive."""
+"""Starts a new experiment: a script with something to edit, and an entry in the archive."""
 
 import re
 import textwrap
 
+from grug_keras.data.files import write_atomically
 from grug_keras.experiments.archive import BUCKETS, PENDING, Archive
-from grug_keras.experiments.scripts import STARTER
-from grug_keras.results import write_atomically
+from grug_keras.experiments.script import STARTER
 
-# What an edit surface looks like: names to import, classes, and the model. It changes nothing yet.
+_NEW_BLOCK = "Grugformer(config, block_class=NewBlock)"
+# For each bucket: names to import, the code to edit, which changes nothing yet, and the model.
 _EDITS = {
     "attention": (
         ("Block", "CausalSelfAttention"),
@@ -19,7 +20,7 @@ _EDITS = {
 class NewBlock(Block):
     attention_class = NewAttention
 """,
-        "Grugformer(config, block_class=NewBlock)",
+        _NEW_BLOCK,
     ),
     "block": (
         ("Block",),
@@ -27,10 +28,10 @@ class NewBlock(Block):
     def call(self, x, positions=None, attention_mask=None):
         return super().call(x, positions=positions, attention_mask=attention_mask)
 """,
-        "Grugformer(config, block_class=NewBlock)",
+        _NEW_BLOCK,
     ),
     "mlp": (
-        ("Block", "MLP"),
+        ("MLP", "Block"),
         """class NewMLP(MLP):
     def call(self, x):
         return super().call(x)
@@ -39,7 +40,7 @@ class NewBlock(Block):
 class NewBlock(Block):
     mlp_class = NewMLP
 """,
-        "Grugformer(config, block_class=NewBlock)",
+        _NEW_BLOCK,
     ),
     "loss": (
         (),
@@ -49,80 +50,99 @@ class NewBlock(Block):
 """,
         "NewModel(config)",
     ),
-    "optimizer": ((), None, "Grugformer(config)"),
+    "optimizer": (
+        ("Muon",),
+        """def build_optimizer(learning_rate):
+    return Muon(learning_rate, adam_lr_ratio=0.3, adam_beta_2=0.95, weight_decay=0.01)
+""",
+        "Grugformer(config)",
+    ),
 }
 
 
-def new_experiment(repository, idea, bucket, purpose):
-    """Writes `speedruns/grugformer_<idea>.py` and its entry.
+def new_experiment(checkout, idea, bucket, purpose):
+    """Writes `speedruns/grugformer_<idea>.py` and its entry in the archive.
 
     Args:
-        repository: `Repository`.
-        idea: str, small letters, digits and underscores: `warm_gate`.
-        bucket: str, of `BUCKETS`.
+        checkout: `Checkout`.
+        idea: str, small letters, digits and underscores, as in `warm_gate`.
+        bucket: str, one of `archive.BUCKETS`.
         purpose: str, one line: what is tried, and why.
 
     Returns:
-        Pair of the entry's id and the script's path in the repository.
+        Pair of the entry's id and the script's path, relative to the checkout.
 
     Raises:
-        ValueError: for a name that is none, or is taken.
+        ValueError: for an invalid argument, or a name that is taken.
     """
     idea = idea.replace("-", "_")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", idea):
         raise ValueError(f"idea={idea!r} must be small letters, digits and _, as in warm_gate")
     if bucket not in BUCKETS:
-        raise ValueError(f"bucket={bucket!r} is none of {', '.join(BUCKETS)}")
+        raise ValueError(f"bucket={bucket!r} must be one of {', '.join(BUCKETS)}")
     purpose = " ".join(purpose.split())
     if not purpose or '"""' in purpose or "\\" in purpose:
-        raise ValueError(f"purpose={purpose!r} must be a line of words, for a docstring")
+        raise ValueError(
+            f'purpose={purpose!r} must be a line of words without """ or \\, for a docstring'
+        )
     name, path = f"grugformer-{idea.replace('_', '-')}", f"speedruns/grugformer_{idea}.py"
-    archive = Archive(repository)
+    archive, script = Archive(checkout), checkout.root / path
     if name in archive.entries:
-        raise ValueError(f"idea={idea!r} has an entry, {name}, {archive.entries[name].status}: "
-                         "choose another name")  # fmt: skip
-    script = repository.root / path
+        status = archive.entries[name].status
+        raise ValueError(f"idea={idea!r} has an entry, {name}, {status}: choose another name")
     if script.exists():
         raise ValueError(f"{path} exists: choose another name")
-    text = frame((repository.root / STARTER).read_text(encoding="utf-8"), path, bucket, purpose)
+    starter = (checkout.root / STARTER).read_text(encoding="utf-8")
+    text = script_text(starter, path, bucket, purpose)
     write_atomically(script, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    archive.add(
-        name,
-        {
-            "Path": f"`{path}`",
-            "Bucket": bucket,
-            "Introduced": PENDING,
-            "Status": "active",
-            "Purpose": purpose,
-            "Verdict": PENDING,
-        },
-    )
+    fields = {
+        "Path": f"`{path}`",
+        "Bucket": bucket,
+        "Introduced": PENDING,
+        "Status": "active",
+        "Purpose": purpose,
+        "Verdict": PENDING,
+    }
+    archive.add(name, fields)
     return name, path
 
 
-def frame(starter, path, bucket, purpose):
-    """The starter's text with the edit surface of a bucket.
+def script_text(starter, path, bucket, purpose):
+    """Returns the source of a new script: the starter with something to edit.
 
     Args:
         starter: str, source of the starter.
-        path: str, where the script will stand.
-        bucket: str, of `BUCKETS`.
-        purpose: str.
+        path: str, path of the new script.
+        bucket: str, one of `archive.BUCKETS`.
+        purpose: str, one line.
+
+    Returns:
+        str.
 
     Raises:
-        ValueError: if the starter has not the lines that this builds on.
+        ValueError: if the starter lacks a line that is replaced here.
     """
-    names, classes, model = _EDITS[bucket]
-    head = f'"""{textwrap.fill(purpose, 95)}\n\nCommand: python {path}\n"""\n'
-    names = sorted({"Grugformer", "Muon", *names}, key=lambda name: (not name.isupper(), name))
+    imports, code, model = _EDITS[bucket]
+    imports = sorted({"Grugformer", *imports}, key=lambda name: (not name.isupper(), name))
+    model_function = f"def build_model(config):\n    return {model}\n"
+    main = "main(__file__, build_model)"
+    if bucket == "optimizer":
+        functions = f"{model_function}\n\n{code}"
+        new_main = "main(__file__, build_model, build_optimizer=build_optimizer)"
+    else:
+        functions = f"{code}\n\n{model_function}"
+        new_main = main
     text = starter
     for pattern, new in (
-        (r'\A"""(?s:.*?)"""\n', head),
-        (r"^from grug_keras import .*$", f"from grug_keras import {', '.join(names)}"),
-        (r"^    return Grugformer\(config\)$", f"    return {model}"),
-        (r"^(?=def build_model)", f"{classes}\n\n" if classes else ""),
+        (
+            r'\A"""(?s:.*?)"""\n',
+            f'"""{textwrap.fill(purpose, 95)}\n\nCommand: python {path}\n"""\n',
+        ),
+        (r"^from grug_keras import .*$", f"from grug_keras import {', '.join(imports)}"),
+        (r"^def build_model\(config\):\n    return Grugformer\(config\)\n", functions),
+        (rf"{re.escape(main)}$", new_main),
     ):
         text, count = re.subn(pattern, lambda _, new=new: new, text, count=1, flags=re.M)
         if not count:
-            raise ValueError(f"{STARTER} has no line like {pattern!r} to build on")
+            raise ValueError(f"{STARTER} has no line that matches {pattern!r}, to build on")
     return text

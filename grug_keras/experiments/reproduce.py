@@ -1,67 +1,81 @@
-"""Runs an experiment again as it was: its commit, its command, its own core."""
+"""Runs an experiment again as it was: its command, with the core of its commit."""
 
 import json
 import os
 import pathlib
 import shlex
-import sys
 
 from grug_keras.experiments.archive import Archive
-from grug_keras.experiments.children import call
-from grug_keras.experiments.recorded import Recorded
-from grug_keras.results import new_run_dir
+from grug_keras.experiments.results_file import ResultsFile, get_field
+from grug_keras.experiments.script import run_script
+from grug_keras.training.folder import new_run_folder
 
 
-def reproduce(repository, name, out="runs", options=()):
+def reproduce(checkout, name, out="runs", options=()):
     """Runs the recorded command of an experiment at its last known-good commit.
 
-    The commit is checked out beside, in a temporary worktree, and its own package is
-    imported; libraries are those of this environment. An active experiment runs at the commit of
-    its newest recorded run, or at HEAD without one.
+    That commit is checked out in a temporary worktree, and the package of that commit is
+    imported; all other libraries are those of this environment. An active experiment runs at the
+    commit of its newest recorded run, or at HEAD if there is none.
 
     Args:
-        repository: `Repository`.
-        name: str, id, of a deleted experiment too.
+        checkout: `Checkout`.
+        name: str, id of an experiment, which may be deleted.
         out: path of the run folders.
-        options: list of str, after those of the recorded command.
+        options: list of str, appended to the options of the recorded command.
 
     Returns:
-        Pair of the new run's record and the recorded one, or None instead of that.
+        Pair of dicts: the record of the new run, and the recorded one or None.
 
     Raises:
-        ValueError: for an unknown id, a commit that this clone has not, or a run that fails.
+        ValueError: for an unknown id, for a commit that this clone does not have, or if the run
+            fails.
     """
-    entry = Archive(repository).find(name)
+    entry = Archive(checkout).find(name)
     if entry.path is None:
         raise ValueError(f"{entry.id} has no Path: correct the entry")
-    runs = Recorded(repository.root, entry.id).runs
+    runs = ResultsFile(checkout.root, entry.id).runs
     known = runs[-1] if runs else None
-    commit = entry.fields.get("Last known-good") or (known["commit"] if known else "HEAD")
-    if not repository.has_commit(commit):
-        raise ValueError(f"commit {commit[:10]} of {entry.id} is not in this clone: git fetch "
-                         "--unshallow, or --all")  # fmt: skip
-    if not repository.contains(commit, entry.path):
-        raise ValueError(f"commit {commit[:10]} does not have {entry.path}: correct the entry")
-    command = shlex.split(known["command"])[2:] if known else []
-    out = new_run_dir(pathlib.Path(out).resolve(), f"reproduce-{entry.id}")
-    with repository.worktree(commit) as (tree, package):
-        words = [sys.executable, str(tree / entry.path), *command, *options, "--out", str(out)]
-        print(
-            f"{commit[:10]}: {shlex.join(['python', entry.path, *command, *options])}", flush=True
-        )
-        path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "PYTHONPATH": path}
+    commit = _commit_to_run(checkout, entry, known)
+    arguments = [*(shlex.split(known["command"])[2:] if known else []), *options]
+    out = new_run_folder(pathlib.Path(out).resolve(), f"reproduce-{entry.id}")
+    with checkout.worktree(commit) as (tree, package):
+        command = shlex.join(["python", entry.path, *arguments])
+        print(f"{commit[:10]}: {command}", flush=True)
+        paths = [str(package), os.environ.get("PYTHONPATH")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         if known:
             environment["KERAS_BACKEND"] = known["backend"]
-        status = call(words, env=environment)
+        script = tree / entry.path
+        status = run_script(script, [*arguments, "--out", str(out)], env=environment)
     found = list(out.glob("*/results.json"))
     if status or not found:
         raise ValueError(f"{entry.id} at {commit[:10]} ended with status {status}")
     return json.loads(found[0].read_text(encoding="utf-8")), known
 
 
+def _commit_to_run(checkout, entry, known):
+    commit = entry.fields.get("Last known-good") or (known["commit"] if known else "HEAD")
+    if not checkout.has_commit(commit):
+        raise ValueError(
+            f"commit {commit[:10]} of {entry.id} is not in this clone: run `git fetch "
+            "--unshallow`, or `git fetch --all`"
+        )
+    if not checkout.contains(commit, entry.path):
+        raise ValueError(f"commit {commit[:10]} does not have {entry.path}: correct the entry")
+    return commit
+
+
 def verdict(record, known):
-    """One line on a reproduced run beside the recorded one."""
+    """Compares a reproduced run with the recorded one.
+
+    Args:
+        record: dict, of the new run.
+        known: dict or None, of the recorded run.
+
+    Returns:
+        str, one line that says how far the score is from the recorded one, and what differs.
+    """
     bits = f"{record['bits_per_byte']:.4f} bits per byte"
     if known is None:
         return f"{bits}; none is recorded"
@@ -71,20 +85,14 @@ def verdict(record, known):
         return f"{text}: the same to the bit"
     reasons = [
         f"{what} differs"
-        for what, names in (
-            ("the text (another Python?)", ("data", "sha256")),
-            ("the tokenizer", ("tokenizer", "sha256")),
-            ("the number of steps", ("steps",)),
-            ("the device", ("device",)),
-            ("a library's version", ("versions",)),
-            ("the commit", ("commit",)),
+        for what, field in (
+            ("the text (another Python?)", "data.sha256"),
+            ("the tokenizer", "tokenizer.sha256"),
+            ("the number of steps", "steps"),
+            ("the device", "device"),
+            ("a library's version", "versions"),
+            ("the commit", "commit"),
         )
-        if _get(record, names) != _get(known, names)
+        if get_field(record, field) != get_field(known, field)
     ]
     return f"{text}: {difference:+.4f}" + (f"; {', '.join(reasons)}" if reasons else "")
-
-
-def _get(record, names):
-    for name in names:
-        record = record[name]
-    return record

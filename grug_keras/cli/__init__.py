@@ -1,0 +1,46 @@
+"""The command `grug`: what concerns experiments and runs, and is in no single script.
+
+Installed as `grug_cli`, beside the package `grug_keras`: importing that imports Keras, and
+`grug --help` need not wait for it. So these modules import Keras only inside of commands.
+"""
+
+import click
+from grug_cli.archive import archive
+from grug_cli.check import check
+from grug_cli.compile import compile_step
+from grug_cli.experiments import compare, diff, leaderboard, new, reproduce
+from grug_cli.plot import plot
+from grug_cli.tokenize import tokenize
+
+__all__ = ["main"]
+
+
+class OneLineErrors(click.Group):
+    """A group whose commands end in one line, not in a traceback, for what they refuse."""
+
+    def invoke(self, context):
+        """Runs a command; a ValueError or an OSError of it becomes click's error."""
+        try:
+            return super().invoke(context)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=OneLineErrors)
+def main():
+    """Tools around the experiments in speedruns/."""
+
+
+for command in (
+    new,
+    diff,
+    compare,
+    reproduce,
+    archive,
+    leaderboard,
+    check,
+    plot,
+    tokenize,
+    compile_step,
+):
+    main.add_command(command)

@@ -1,0 +1,142 @@
+"""The git checkout that holds the experiments."""
+
+import contextlib
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+ARCHIVE = "docs/archive.md"
+
+
+class Checkout:
+    """A git checkout of grug_keras.
+
+    Args:
+        root: path of its top folder.
+
+    Attributes:
+        root: `pathlib.Path`, absolute.
+    """
+
+    def __init__(self, root):
+        self.root = pathlib.Path(root).resolve()
+
+    @classmethod
+    def find(cls, folder="."):
+        """Finds the checkout that a folder belongs to.
+
+        Args:
+            folder: path.
+
+        Returns:
+            `Checkout`.
+
+        Raises:
+            ValueError: if the folder is in no git checkout, or in one without an archive.
+        """
+        try:
+            root = cls(folder).git("rev-parse", "--show-toplevel")
+        except ValueError as error:
+            raise ValueError(f"run this inside a checkout of grug_keras: {error}") from None
+        if not (pathlib.Path(root) / ARCHIVE).is_file():
+            raise ValueError(f"run this inside a checkout of grug_keras: {root} has no {ARCHIVE}")
+        return cls(root)
+
+    def git(self, *arguments):
+        """Runs a git command and returns what it prints.
+
+        Raises:
+            ValueError: with the message of git, if the command fails.
+        """
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(self.root), *arguments],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+        except FileNotFoundError:
+            raise ValueError("git is not installed") from None
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.strip().splitlines() or [str(error)]
+            raise ValueError(f"git {arguments[0]}: {lines[-1]}") from None
+        return done.stdout.strip()
+
+    def _git_succeeds(self, *arguments):
+        try:
+            self.git(*arguments)
+        except ValueError:
+            return False
+        return True
+
+    def head(self):
+        """Returns the full SHA of HEAD."""
+        return self.git("rev-parse", "HEAD")
+
+    def short(self, commit):
+        """Returns the first ten digits of the SHA of a commit."""
+        return self.git("rev-parse", "--short=10", commit)
+
+    def has_commit(self, sha):
+        """Whether this clone has a commit."""
+        return self._git_succeeds("rev-parse", "--verify", "--quiet", f"{sha}^{{commit}}")
+
+    def is_ancestor(self, sha):
+        """Whether a commit is HEAD or an ancestor of HEAD."""
+        return self._git_succeeds("merge-base", "--is-ancestor", sha, "HEAD")
+
+    def contains(self, sha, path):
+        """Whether a path exists in a commit."""
+        return self._git_succeeds("cat-file", "-e", f"{sha}:{path}")
+
+    def is_new(self, path):
+        """Whether no commit before HEAD has a path.
+
+        If HEAD itself added the path, a file of that commit could not name the commit yet.
+        """
+        return not any(self.contains(parent, path) for parent in ("HEAD^1", "HEAD^2"))
+
+    def introduced(self, path):
+        """Returns the short SHA of the latest commit that added a path, or None."""
+        sha = self.git("log", "-1", "--diff-filter=A", "--format=%H", "--", path)
+        return self.short(sha) if sha else None
+
+    def is_shallow(self):
+        """Whether this is a shallow clone, which lacks a part of the history."""
+        return self.git("rev-parse", "--is-shallow-repository") == "true"
+
+    def changed(self, *ignored):
+        """Returns the paths that differ from HEAD or are untracked.
+
+        Args:
+            *ignored: str, prefixes of paths to leave out.
+
+        Returns:
+            list of str, relative to the root.
+        """
+        lines = self.git("status", "--porcelain", "--untracked-files=all").splitlines()
+        paths = [line.lstrip().split(maxsplit=1)[1].split(" -> ")[-1] for line in lines]
+        return [path for path in paths if not path.startswith(ignored)]
+
+    @contextlib.contextmanager
+    def worktree(self, commit):
+        """Checks out a commit in a temporary folder for the duration of a `with` block.
+
+        Args:
+            commit: str.
+
+        Yields:
+            Pair of paths: the files of the commit, and a folder for `PYTHONPATH` that holds
+            its package.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            tree, package = pathlib.Path(folder) / "tree", pathlib.Path(folder) / "package"
+            self.git("worktree", "add", "--detach", "--quiet", str(tree), commit)
+            try:
+                # As pyproject.toml installs it: `ops` stands beside the package and is part of it.
+                shutil.copytree(tree / "grug_keras", package / "grug_keras")
+                shutil.copytree(tree / "ops", package / "grug_keras" / "ops")
+                yield tree, package
+            finally:
+                self.git("worktree", "remove", "--force", str(tree))

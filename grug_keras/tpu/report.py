@@ -1,0 +1,197 @@
+"""Reports what a training step takes on a TPU slice: memory, collectives and an estimated time."""
+
+import time
+
+from grug_keras import distribution
+from grug_keras.tpu import compiler
+from grug_keras.tpu.flops import flops_per_token
+from grug_keras.tpu.hlo import read_compiled
+from grug_keras.tpu.step import training_step
+import keras
+
+CALIBRATION = (
+    "an estimate: the compiler's static cycles, without waiting for memory or for other chips; "
+    "published timings were 0.95 to 1.05 times such figures on v5p and tpu7x (attention 1.2 to "
+    "1.4 times), 0.65 times on v6e"
+)
+
+
+def compile_report(build, *, topology, mesh, batch_size, seq_len, rules=None):
+    """Compiles a training step ahead of time; no weight is allocated and nothing runs.
+
+    Args:
+        build: function without arguments, returns a compiled `Grugformer`.
+        topology: str, e.g. `"v5p:4x4x4"`; see `tpu.topology`.
+        mesh, rules: as of `distribution.distribute`.
+        batch_size: int, B, over all devices.
+        seq_len: int, S.
+
+    Returns:
+        dict, for JSON: bytes of one device, counts and seconds. Unknown values are None: all that
+        the compiler says of a step that does not fit, and the time of a step with Pallas kernels
+        besides attention's.
+
+    Raises:
+        ValueError: before compiling, for a topology, a mesh, a batch or a model that is refused.
+        ModuleNotFoundError: if libtpu is not installed.
+    """
+    compiler.record_kernels()
+    devices = compiler.topology(topology).devices
+    distribution.distribute(distribution.make_mesh(mesh, devices), rules)
+    try:
+        step = training_step(build, batch_size, seq_len)
+        report = _describe(step.model, topology, batch_size, seq_len)
+        return report | _compile(step, report)
+    finally:
+        keras.distribution.set_distribution(None)
+
+
+def compile_step(step):
+    """Compiles a `TrainingStep` and returns what `read_compiled` reads of it."""
+    return read_compiled(step.lower().compile())
+
+
+def _describe(model, topology, batch_size, seq_len):
+    """Returns a report in which all that the compiler says is still None."""
+    mesh = distribution.describe_mesh()
+    return {
+        "estimate": CALIBRATION,
+        "topology": topology,
+        "devices": mesh["data"] * mesh["model"],
+        "mesh": {axis: mesh[axis] for axis in distribution.AXES},
+        "parameters": model.count_params(),
+        "vocab_size": model.config.vocab_size,
+        "dtype": model.dtype_policy.name,
+        "remat": model.config.remat,
+        "optimizer": type(model.optimizer).__name__,
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "hbm": _chip(topology).hbm,
+        "flops_per_token": flops_per_token(model, seq_len),
+        "arguments": None,
+        "temporaries": None,
+        "peak": None,
+        "fits": False,
+        "collectives": None,
+        "step_seconds": None,
+        "tokens_per_second": None,
+        "mfu": None,
+        "compile_seconds": None,
+        "error": None,
+    }
+
+
+def _chip(topology):
+    return compiler.CHIPS[topology.partition(":")[0]]
+
+
+def _compile(step, report):
+    """Compiles a step; returns the entries that this adds to its report."""
+    import jax
+
+    begin = time.perf_counter()
+    try:
+        found = compile_step(step)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        seconds = time.perf_counter() - begin
+        return {"compile_seconds": seconds, "error": str(error).strip().splitlines()[0]}
+    seconds = time.perf_counter() - begin
+    peak = sum(found[name] for name in ("arguments", "outputs", "code", "temporaries"))
+    return {
+        **_speed(_cycles(found, step.model, report), report),
+        "arguments": found["arguments"],
+        "temporaries": found["temporaries"],
+        "peak": peak,
+        "fits": peak <= report["hbm"],
+        "collectives": found["collectives"],
+        "compile_seconds": seconds,
+    }
+
+
+def _speed(cycles, report):
+    """Returns the entries of a report that follow from the cycles of a step, if those are known."""
+    if cycles is None:
+        return {}
+    chip = _chip(report["topology"])
+    step_seconds = cycles / chip.clock
+    tokens_per_second = report["batch_size"] * report["seq_len"] / step_seconds
+    peak_flops = report["devices"] * chip.flops
+    return {
+        "step_seconds": step_seconds,
+        "tokens_per_second": tokens_per_second,
+        "mfu": tokens_per_second * report["flops_per_token"] / peak_flops,
+    }
+
+
+def _cycles(found, model, report):
+    """Adds up the cycles of a step: the compiler's estimate, and those of the attention kernels.
+
+    A kernel's grid steps in one call are the blocks that causality leaves, in each head of each
+    example. Nobody but their author knows how many steps other kernels take.
+
+    Returns:
+        int, or None if there are kernels besides attention's.
+    """
+    if not all(name.startswith("splash") for name in found["kernels"]):
+        return None
+    examples = report["batch_size"] // report["mesh"]["data"] // model.accumulate
+    heads = model.config.num_heads // report["mesh"]["model"]
+    grid_steps = examples * heads * _blocks_visited(model.config, report["seq_len"])
+    return found["cycles"] + grid_steps * sum(
+        kernel["calls"] * kernel["cycles"] for kernel in found["kernels"].values()
+    )
+
+
+def _blocks_visited(config, seq_len):
+    """Counts the blocks that the kernels visit in one head of an example of one document."""
+    from grug_keras import ops
+    from grug_keras.ops.jax.block_plan import Grid, plan_blocks
+
+    mask = ops.AttentionMask(sliding_window=config.sliding_window)
+    return int(plan_blocks(Grid.of(mask, seq_len, seq_len)).by_row[1].sum())
+
+
+def as_text(report):
+    """Writes a report as lines for people."""
+    mesh = ",".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    lines = [
+        f"{report['topology']}, {report['devices']} devices as {mesh}",
+        f"{report['parameters'] / 1e6:,.0f}M parameters, vocabulary {report['vocab_size']:,}, "
+        f"batch {report['batch_size']} x {report['seq_len']} tokens, {report['dtype']}, "
+        f"{report['optimizer']}, remat {'on' if report['remat'] else 'off'}",
+    ]
+    if report["error"]:
+        lines.append(f"does not fit: {report['error']}")
+    else:
+        lines += [*_memory_as_text(report), *_collectives_as_text(report), *_speed_as_text(report)]
+    return "\n".join([*lines, f"compiled in {report['compile_seconds']:.1f} s"])
+
+
+def _memory_as_text(report):
+    gib = {name: f"{report[name] / 2**30:.2f} GiB" for name in ("arguments", "temporaries")}
+    verdict = "fits" if report["fits"] else "does not fit"
+    return [
+        f"arguments    {gib['arguments']:>10} a device (weights, optimizer, batch)",
+        f"temporaries  {gib['temporaries']:>10} a device",
+        f"peak HBM     {report['peak'] / 2**30:6.2f} GiB of {report['hbm'] / 2**30:.2f} GiB: "
+        f"{verdict}",
+    ]
+
+
+def _collectives_as_text(report):
+    return [
+        f"{kind:20} {found['calls']:5,} a step, {found['bytes'] / 2**20:9,.1f} MiB a device"
+        for kind, found in report["collectives"].items()
+    ] or ["no collectives"]
+
+
+def _speed_as_text(report):
+    if report["step_seconds"] is None:
+        return ["step         unknown: there are Pallas kernels besides attention's"]
+    return [
+        f"step         {1e3 * report['step_seconds']:.1f} ms, "
+        f"{report['tokens_per_second']:,.0f} tokens/s, MFU {100 * report['mfu']:.0f}%",
+        f"             {CALIBRATION}",
+    ]

@@ -1,0 +1,1 @@
+"""A training run: its options, folder, record, loop, checkpoints, metrics and report."""

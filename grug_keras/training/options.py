@@ -1,0 +1,150 @@
+"""What a person chooses for a run: each field is an option of the command line of a script."""
+
+import dataclasses
+
+import click
+from grug_keras.data.batches import PACKINGS
+from grug_keras.training.sinks import SINKS
+
+
+def _option(default, help, **click_options):
+    """A field with its command-line option; `click_options` are those of `click.option`."""
+    return dataclasses.field(default=default, metadata={"help": help, "click": click_options})
+
+
+def _at_least(smallest):
+    return click.IntRange(min=smallest)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options of one run.
+
+    Args:
+        size: str, preset of the model and name of the recipe.
+        data: str, see `grug_keras.data.load_data`.
+        tokenizer: str or None, likewise.
+        packing: str, of `grug_keras.data.TokenBatches`.
+        seed: int, of the initial weights and the data order.
+        seq_len: int or None, sequence length instead of the preset's `max_seq_len`.
+        dtype: str, Keras dtype policy.
+        backend: str or None, Keras backend.
+        mesh: str or None, see `grug_keras.distribution.distribute`.
+        remat: bool or None, instead of the preset's.
+        save_every: int or None, steps between checkpoints; None is a tenth of the run.
+        evaluate_every: int or None, steps between evaluations; None is at the end only.
+        keep: int, number of latest checkpoints that are kept, besides the best one.
+        out: str, folder of the run folders.
+        resume: str or None, path of a run folder to continue; `""` is the newest unfinished
+            one in `out` of this script, size and seed, or a new one.
+        log: names of `sinks.SINKS`, where the metrics go besides the run folder.
+    """
+
+    size: str = _option("smoke", "Model and recipe.")
+    data: str = _option(
+        "python_stdlib",
+        "python_stdlib (no network); a file or folder of text, JSON lines or Parquet; a TFDS "
+        "dataset; or tokens: a folder of `grug tokenize` or of .bin files.",
+        metavar="NAME|PATH",
+    )
+    tokenizer: str | None = _option(
+        None,
+        "bytes, a BPE of N tokens trained on the text, a tokenizer.json, or KerasHub's.",
+        metavar="bytes|bpe:N|PATH|PRESET",
+        show_default="the one of the tokens, else bytes",
+    )
+    packing: str = _option(
+        "stream",
+        "Windows of the token stream, or whole documents side by side.",
+        type=click.Choice(list(PACKINGS)),
+    )
+    seed: int = _option(0, "Initial weights and data order.", type=click.IntRange(0, 2**32 - 1))
+    seq_len: int | None = _option(None, "Instead of the model's longest.", type=_at_least(8))
+    dtype: str = _option(
+        "float32", "Keras dtype policy.", type=click.Choice(["float32", "mixed_bfloat16"])
+    )
+    backend: str | None = _option(
+        None,
+        "Keras backend.",
+        type=click.Choice(["jax", "tensorflow", "torch"]),
+        show_default="KERAS_BACKEND, else keras.json, else jax",
+    )
+    mesh: str | None = _option(
+        None,
+        "Devices to train on: FSDP over data, tensor parallelism over model. JAX only. On several "
+        "hosts, start the same command on each.",
+        metavar="data=4,model=2|data=auto",
+    )
+    remat: bool | None = _option(
+        None,
+        "Recompute blocks in the backward pass: less memory, more time.",
+        show_default="the size's",
+    )
+    save_every: int | None = _option(
+        None, "Steps between checkpoints.", type=_at_least(1), show_default="a tenth of the run"
+    )
+    evaluate_every: int | None = _option(
+        None, "Steps between evaluations.", type=_at_least(1), show_default="at the end only"
+    )
+    keep: int = _option(3, "Latest checkpoints to keep, besides the best.", type=_at_least(1))
+    out: str = _option("runs", "Folder of the run folders.", type=click.Path(file_okay=False))
+    resume: str | None = _option(
+        None,
+        "Continue a run folder, or the newest unfinished one, if any.",
+        is_flag=False,
+        flag_value="",
+        metavar="[RUN]",
+    )
+    log: tuple = _option(
+        (), "Where metrics go as well.", multiple=True, type=click.Choice(list(SINKS))
+    )
+
+    def next_halt(self, step, steps):
+        """The next step after `step` at which a run of `steps` halts, to evaluate or to save."""
+        periods = (self.save_every or -(-steps // 10), self.evaluate_every or steps)
+        return min(steps, *((step // period + 1) * period for period in periods))
+
+    def evaluates_at(self, step, steps):
+        """Whether a run of `steps` evaluates the model after `step` steps."""
+        return step == steps or bool(self.evaluate_every and step % self.evaluate_every == 0)
+
+
+def command_line(recipe_class, sizes):
+    """The options of a script as decorators of a click command.
+
+    Args:
+        recipe_class: dataclass, whose fields with a help text are options too.
+        sizes: list of str, the sizes that the script has; the first is the default.
+
+    Returns:
+        Decorator.
+    """
+    parameters = []
+    for field in dataclasses.fields(RunOptions):
+        settings = dict(field.metadata["click"])
+        if field.name == "size":
+            settings |= {"type": click.Choice(sizes), "default": sizes[0]}
+        flag = f"--{field.name.replace('_', '-')}"
+        if field.type == bool | None:
+            flag = f"{flag}/--no-{field.name.replace('_', '-')}"
+        settings.setdefault("default", field.default)
+        parameters.append(click.option(flag, help=field.metadata["help"], **settings))
+    for field in dataclasses.fields(recipe_class):
+        if field.metadata.get("help"):
+            flag = field.metadata["flag"] or f"--{field.name.replace('_', '-')}"
+            parameters.append(
+                click.option(
+                    flag,
+                    field.name,
+                    type=_at_least(1),
+                    help=field.metadata["help"],
+                    show_default="the recipe's",
+                )
+            )
+
+    def decorate(command):
+        for parameter in reversed(parameters):
+            command = parameter(command)
+        return command
+
+    return decorate

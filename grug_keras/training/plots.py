@@ -1,0 +1,173 @@
+"""Pictures of loss curves: of one run as it ends, or of several side by side."""
+
+import csv
+import json
+import pathlib
+
+from grug_keras.data.files import write_atomically
+
+
+def read_curve(path):
+    """Reads the columns of a curve that `Meter` wrote.
+
+    Args:
+        path: the CSV file.
+
+    Returns:
+        dict of column -> list of floats, nan where there is none.
+
+    Raises:
+        ValueError: if it is no curve, or has no row.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"step", "tokens", "seconds", "loss"} <= rows[0].keys():
+        raise ValueError(f"{path} holds no loss curve")
+    return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
+
+
+def plot_curve(csv_path, png_path, *, title, validation=None):
+    """Draws training loss against tokens, raw and smoothed.
+
+    Args:
+        csv_path: the curve of a run.
+        png_path: where the picture goes.
+        title: str.
+        validation: float or None, final validation loss in nats per token.
+    """
+    import matplotlib.figure  # a Figure without pyplot needs no display
+
+    curve = read_curve(csv_path)
+    figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    tokens, blue = curve["tokens"], {"color": "tab:blue"}
+    axes.plot(tokens, curve["loss"], alpha=0.25, linewidth=0.8, label="training, per step", **blue)
+    axes.plot(tokens, smooth(curve["loss"]), linewidth=1.6, label="training, smoothed", **blue)
+    if validation is not None:
+        label = f"validation, at the end: {validation:.3f}"
+        axes.axhline(validation, color="tab:red", linestyle="--", linewidth=1.2, label=label)
+    axes.set_title(title)
+    axes.set_xlabel("training tokens")
+    _label_losses(axes)
+    write_atomically(png_path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def plot_runs(folders, path):
+    """Draws the smoothed loss of several runs against steps and against seconds.
+
+    Points are the evaluations on the validation slice.
+
+    Args:
+        folders: list of run folders.
+        path: where the picture goes; its ending says which kind, `.png` or `.svg`.
+
+    Raises:
+        ValueError: names a folder that holds no curve.
+    """
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for folder, label in zip(map(pathlib.Path, folders), _labels(folders), strict=True):
+        if not (folder / "curve.csv").is_file():
+            raise ValueError(f"{folder} holds no curve.csv: not a run folder")
+        curve = read_curve(folder / "curve.csv")
+        smoothed = smooth(curve["loss"])
+        for axes, name in zip(panels, ("step", "seconds"), strict=True):
+            (line,) = axes.plot(curve[name], smoothed, linewidth=1.4, label=label)
+            points = _evaluations(folder, curve, name)
+            axes.plot(*points, "o", color=line.get_color(), markersize=4)
+    # The first steps fall from so high that the rest would be a flat line.
+    tops = [max(axis.get_ydata()[len(axis.get_ydata()) // 50 :]) for axis in panels[0].lines[::2]]
+    bottom = min(min(line.get_ydata(), default=float("inf")) for line in panels[0].lines)
+    panels[0].set_ylim(bottom - 0.05 * (max(tops) - bottom), max(tops))
+    for axes, name in zip(panels, ("step", "training seconds"), strict=True):
+        axes.set_xlabel(name)
+        _label_losses(axes)
+    panels[1].set_ylabel("")
+    if any(len(_evaluations(pathlib.Path(f), None, "step")[0]) for f in folders):
+        figure.suptitle("training loss, smoothed; points are the validation slice", fontsize=10)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def plot_comparison(result, curves, path):
+    """Draws the scores of every seed, pair by pair, and the losses on the way.
+
+    Args:
+        result: dict, of `experiments.compare`.
+        curves: pair of lists of curves, of A and of B.
+        path: where the picture goes.
+    """
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
+    pairs, losses = figure.subplots(1, 2, width_ratios=(1, 2))
+    sides = [result[side] for side in "ab"]
+    for scores in zip(*(side["bits_per_byte"] for side in sides), strict=True):
+        pairs.plot((0, 1), scores, color="0.6", linewidth=1, zorder=1)
+    for place, (side, color) in enumerate(zip(sides, ("tab:blue", "tab:orange"), strict=True)):
+        scores = side["bits_per_byte"]
+        pairs.scatter([place] * len(scores), scores, color=color, zorder=2)
+        where = "seconds" if result["match"] == "seconds" else "step"
+        for number, curve in enumerate(curves[place]):
+            label = f"{'AB'[place]}: {side['id']}" if number == 0 else None
+            smoothed = smooth(curve["loss"])
+            losses.plot(curve[where], smoothed, color=color, linewidth=0.9, label=label)
+    pairs.set_xticks((0, 1), labels=("A", "B"))
+    pairs.set_xlim(-0.3, 1.3)
+    pairs.set_ylabel("bits per byte (validation)")
+    pairs.grid(alpha=0.3, axis="y")
+    pairs.set_title(f"B - A: {result['bits_per_byte']['difference']:+.4f}", fontsize=10)
+    losses.set_xlabel("training seconds" if where == "seconds" else "step")
+    late = [y for line in losses.lines for y in line.get_ydata()[len(line.get_ydata()) // 20 :]]
+    losses.set_ylim(min(late) - 0.02 * (max(late) - min(late)), max(late))
+    losses.set_title(
+        f"{result['bits_per_byte']['verdict']}, at equal {result['match']}", fontsize=10
+    )
+    _label_losses(losses)
+    losses.set_ylabel("training loss, smoothed (nats per token)")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def _labels(folders):
+    """The shortest last parts of the paths that tell them apart."""
+    names = [pathlib.Path(folder).resolve().parts for folder in folders]
+    for length in range(1, max(map(len, names)) + 1):
+        ends = ["/".join(name[-length:]) for name in names]
+        if len(set(ends)) == len(ends):
+            return ends
+    return ends
+
+
+def _evaluations(folder, curve, name):
+    """The evaluations of a run: their places in the column `name`, and their losses."""
+    results = folder / "results.json"
+    found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    found = found.get("evaluations", [])
+    steps = [evaluation["step"] for evaluation in found]
+    where = steps if name == "step" else [curve[name][step - 1] for step in steps]
+    return where, [evaluation["loss"] for evaluation in found]
+
+
+def _label_losses(axes):
+    import matplotlib.ticker
+
+    axes.set_ylabel("loss (nats per token)")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def smooth(values):
+    """Means over a centred window, which is narrow where the curve is steep.
+
+    The window of row i holds at most i / 4 rows on each side, at most 20, and none beyond an end
+    of the curve: so the smoothed curve neither lags behind the fall of the first steps nor stops
+    short of the last one.
+    """
+    smoothed = []
+    for i in range(len(values)):
+        half = min(i // 4, len(values) - 1 - i, 20)
+        window = values[i - half : i + half + 1]
+        smoothed.append(sum(window) / len(window))
+    return smoothed

@@ -1,0 +1,254 @@
+"""The record of a run, `results.json`: what ran, on what, from which commit, and what came out."""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import logging
+import shlex
+import sys
+
+from grug_keras import distribution
+from grug_keras.data.files import write_json
+from grug_keras.tpu.flops import MFU_CONVENTION, flops_per_token
+from grug_keras.training.provenance import device, git_state, versions
+import keras
+
+logger = logging.getLogger("grug_keras.training")
+
+# What a continued run must share with the one that began.
+_IDENTITY = (
+    "experiment",
+    "size",
+    "seed",
+    "recipe",
+    "packing",
+    "tokenizer",
+    "data",
+    "config",
+    "block_class",
+    "optimizer",
+    "optimizer_config",
+    "dtype",
+    "backend",
+)
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunRecord:
+    """What is known of a run; a figure that is not known yet is None.
+
+    Attributes:
+        schema: int, version of this format.
+        id: str, name of the run folder.
+        experiment: str, name of the script.
+        status: str. `"running"`, then `"finished"`, `"interrupted"`, `"diverged"` or `"failed"`.
+        command: str, the command line.
+        started, finished: str, ISO 8601 times in UTC.
+        resumed: list of int, the steps that the run was continued from.
+        commit: str or None, of the checkout that holds the script.
+        dirty: bool or None, whether files other than documents differ from the commit.
+        size: str, preset of the model.
+        config: dict, of the `GrugConfig`.
+        block_class: str.
+        recipe: dict, of the `Recipe`.
+        optimizer: str, name of the class.
+        optimizer_config: dict, serialized by Keras.
+        dtype: str, dtype policy.
+        seed: int.
+        packing: str.
+        data: dict, see `TokenData.describe`.
+        tokenizer: dict of `name` and `sha256`.
+        backend: str.
+        device: dict, see `provenance.device`.
+        mesh: dict or None, see `distribution.describe_mesh`.
+        versions: dict of library -> version.
+        parameters, parameters_non_embedding: int.
+        flops_per_token: int, by `mfu_convention`.
+        steps, tokens: int, trained so far.
+        seconds: float, training time without the first step of each process.
+        compile_seconds, evaluation_seconds, checkpoint_seconds, total_seconds: float.
+        ms_per_step, tokens_per_second, mfu: float, of this process.
+        peak_memory_bytes: int.
+        train_loss: float, nats per token, of the last step.
+        evaluations: list of dicts of `step`, `loss` and `bits_per_byte`.
+        loss, bits_per_byte: float, on the validation slice after the last step.
+        sample: dict of `prompt` and `text`.
+        bad_step: int or None, index of the first step whose loss is not finite.
+        error: str or None, of a run that failed.
+    """
+
+    schema: int = 3
+    id: str
+    experiment: str
+    status: str = "running"
+    command: str
+    started: str
+    resumed: list = dataclasses.field(default_factory=list)
+    finished: str | None = None
+    commit: str | None
+    dirty: bool | None
+    size: str
+    config: dict
+    block_class: str
+    recipe: dict
+    optimizer: str
+    optimizer_config: dict
+    dtype: str
+    seed: int
+    packing: str
+    data: dict
+    tokenizer: dict
+    backend: str
+    device: dict
+    mesh: dict | None
+    versions: dict
+    parameters: int
+    parameters_non_embedding: int
+    flops_per_token: int
+    mfu_convention: str = MFU_CONVENTION
+    steps: int = 0
+    tokens: int = 0
+    seconds: float | None = None
+    compile_seconds: float | None = None
+    evaluation_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+    total_seconds: float | None = None
+    ms_per_step: float | None = None
+    tokens_per_second: int | None = None
+    mfu: float | None = None
+    peak_memory_bytes: int | None = None
+    train_loss: float | None = None
+    evaluations: list = dataclasses.field(default_factory=list)
+    loss: float | None = None
+    bits_per_byte: float | None = None
+    sample: dict | None = None
+    bad_step: int | None = None
+    error: str | None = None
+
+    def update(self, **values):
+        """Sets fields by name."""
+        for name, value in values.items():
+            if name not in self.__dataclass_fields__:
+                raise AttributeError(f"a record has no field {name!r}")
+            setattr(self, name, value)
+
+    def save(self, path):
+        """Writes the sealed record as JSON, whole or not at all."""
+        write_json(path, seal(dataclasses.asdict(self)))
+
+    def save_if_there_is_room(self, path):
+        """Likewise; a disk that is full is named in the log and nothing is raised."""
+        try:
+            self.save(path)
+        except OSError as error:
+            logger.warning("results.json is not written: %s", error)
+
+
+def new_record(run, model):
+    """Everything that is known before training.
+
+    Args:
+        run: `Run`.
+        model: built and compiled.
+
+    Returns:
+        `RunRecord`.
+    """
+    commit, dirty = git_state(run.script.resolve().parent)
+    parameters = model.count_params()
+    embeddings = sum(layer.count_params() for layer in (model.token_embedding, model.lm_head))
+    return RunRecord(
+        id=run.folder.id,
+        experiment=run.script.stem,
+        command=shlex.join(["python", *sys.argv]),
+        started=utc_now(),
+        commit=commit,
+        dirty=dirty,
+        size=run.options.size,
+        config=dataclasses.asdict(model.config),
+        block_class=model.block_class.__name__,
+        recipe=dataclasses.asdict(run.recipe),
+        optimizer=type(model.optimizer).__name__,
+        optimizer_config=_plain_json(keras.saving.serialize_keras_object(model.optimizer)),
+        dtype=model.dtype_policy.name,
+        seed=run.options.seed,
+        packing=run.options.packing,
+        data=run.data.describe(),
+        tokenizer={"name": run.data.tokenizer.name, "sha256": run.data.tokenizer.sha256},
+        backend=keras.config.backend(),
+        device=device(),
+        mesh=distribution.describe_mesh(),
+        versions=versions(),
+        parameters=parameters,
+        parameters_non_embedding=parameters - embeddings,
+        flops_per_token=flops_per_token(model, run.config.max_seq_len),
+    )
+
+
+def check_same_run(began, record, folder):
+    """Refuses to continue a run with other options, data or model.
+
+    Args:
+        began: dict, the record that the run left.
+        record: `RunRecord` of now.
+        folder: `RunFolder`.
+
+    Raises:
+        ValueError: names the first difference.
+    """
+    now = _plain_json(dataclasses.asdict(record))
+    old, new = (dict(_identity(values)) for values in (began, now))
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name):
+            raise ValueError(
+                f"resume: {name} is {new.get(name)!r} here, but {old.get(name)!r} in {folder}; "
+                "give the options of that run, or start a new one"
+            )
+
+
+def _identity(record):
+    """Yields `(dotted name, value)` of what a run and its continuation must share."""
+
+    def flatten(name, value):
+        # A tokenizer that was trained here has another name in its file, Keras numbers the
+        # optimizers of a process, and a class may have moved to another module.
+        ignored = name in ("tokenizer.name", "optimizer_config.config.name")
+        if isinstance(value, dict):
+            for key, part in value.items():
+                yield from flatten(f"{name}.{key}", part)
+        elif not ignored and not name.endswith(".module"):
+            yield name, value
+
+    for name in _IDENTITY:
+        yield from flatten(name, record.get(name))
+
+
+def seal(record):
+    """Returns the record with a checksum of its content, `sha256`, as the last entry.
+
+    It shows that a number was changed by hand or a file was merged badly; it is no protection
+    against forgery.
+    """
+    record = {name: value for name, value in record.items() if name != "sha256"}
+    return {**record, "sha256": _checksum(record)}
+
+
+def is_sealed(record):
+    """Whether the content of a record still has the checksum that it was sealed with."""
+    return record.get("sha256") == _checksum({k: v for k, v in record.items() if k != "sha256"})
+
+
+def _checksum(record):
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def utc_now():
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _plain_json(value):
+    """The value as JSON gives it back; numbers of other libraries become Python's."""
+    return json.loads(json.dumps(value, default=float))

@@ -1,0 +1,90 @@
+"""The norm of the gradients, and batches taken in parts: as if they had come at once."""
+
+from grug_keras import GrugConfig, Grugformer
+from grug_keras.optimizers.schedule import Trapezoid
+import keras
+import numpy as np
+import pytest
+
+CONFIG = GrugConfig(
+    vocab_size=64, hidden_dim=16, intermediate_dim=32, num_layers=2, num_heads=2, num_kv_heads=1,
+    max_seq_len=12,
+)  # fmt: skip
+
+
+def batches(steps=3, rows=6, seed=0):
+    """Packed batches whose rows do not count the same."""
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        tokens = rng.integers(0, 64, (rows, 13)).astype("int32")
+        segments = 1 + (np.arange(12) >= rng.integers(1, 12, (rows, 1))).astype("int32")
+        weights = (rng.random((rows, 12)) < np.linspace(0.1, 1, rows)[:, None]).astype("float32")
+        yield {"token_ids": tokens[:, :-1], "segment_ids": segments}, tokens[:, 1:], weights
+
+
+class Logs(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.found.append(dict(logs))
+
+
+def train(optimizer, accumulate, remat=False):
+    keras.utils.set_random_seed(0)
+    model = Grugformer(GrugConfig(**{**vars(CONFIG), "remat": remat}))
+    model.build()
+    model.compile(optimizer, accumulate=accumulate)
+    logs = Logs()
+    for batch in batches():
+        model.fit(*batch[:2], sample_weight=batch[2], batch_size=6, verbose=0, callbacks=[logs])
+    return model, logs.found
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_batch_in_parts_is_the_same_update(remat):
+    def optimizer():
+        schedule = Trapezoid(0.5, steps=3, warmup=0.4, cooldown=0.6)
+        return keras.optimizers.SGD(schedule, momentum=0.9)
+
+    whole, expected = train(optimizer(), 1, remat)
+    model, found = train(optimizer(), 3, remat)
+    for logs, want in zip(found, expected, strict=True):
+        assert logs.keys() == want.keys() == {"loss", "batch_loss", "gradient_norm"}
+        for name, value in want.items():
+            assert logs[name] == pytest.approx(value, rel=2e-5), name
+    assert int(model.optimizer.iterations) == 3, "the schedule counts updates"
+    for a, b in zip(model.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_norm_is_that_of_the_update_of_plain_gradient_descent():
+    """With a learning rate of 1 the weights move by minus the gradient."""
+    keras.utils.set_random_seed(0)
+    model = Grugformer(CONFIG)
+    model.build()
+    model.compile(keras.optimizers.SGD(1.0))
+    before = model.get_weights()
+    inputs, labels, weights = next(batches())
+    history = model.fit(inputs, labels, sample_weight=weights, batch_size=6, verbose=0)
+    moved = [np.float64(a) - b for a, b in zip(before, model.get_weights(), strict=True)]
+    norm = np.sqrt(sum(np.sum(np.square(m)) for m in moved))
+    assert history.history["gradient_norm"][0] == pytest.approx(norm, rel=1e-4)
+
+
+def test_accumulate_is_checked_and_kept(tmp_path):
+    model = Grugformer(CONFIG)
+    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+        model.compile("adamw", accumulate=0)
+    model.build()
+    model.compile("adamw", accumulate=4)
+    inputs, labels, _ = next(batches())
+    before = model.get_weights()
+    for batch_size, rows in ((6, 6), (4, 2)):
+        with pytest.raises(ValueError, match=f"accumulate=4 must divide the batch of {rows} rows"):
+            model.fit(inputs, labels, batch_size=batch_size, verbose=0)
+    assert all((a == b).all() for a, b in zip(before, model.get_weights(), strict=True))
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "model.keras")
+    assert keras.models.load_model(tmp_path / "model.keras").accumulate == 4

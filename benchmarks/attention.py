@@ -1,4 +1,4 @@
-"""Attention beside what else there is: time, temporary memory, error, and growth with the length.
+"""Attention beside other implementations: time, temporary memory, error, growth with the length.
 
     python benchmarks/attention.py [--json attention.json] [--backends jax,torch] [--lengths 2048]
 
@@ -31,7 +31,7 @@ NAMES = ("query", "key", "value", "cotangent")
 
 
 def dense_mask(case, length):
-    """Bool `(1, 1, S, S)`, for peers that know no other mask."""
+    """Returns a mask as bool `(1, 1, S, S)`, for peers that take no other."""
     row, column = np.arange(length)[:, None], np.arange(length)
     allowed = column <= row
     if case == "window":
@@ -47,27 +47,28 @@ def sinks_of(case):
 
 
 def candidates(backend, case, length):
-    """{name: function of q, k and v} of what runs on this backend and this machine."""
+    """Returns {name: function of q, k and v} of what runs on this backend and this machine."""
     from grug_keras import ops
     import keras
 
     mask = ops.AttentionMask(sliding_window=WINDOW if case == "window" else None)
     if case == "packed":
-        mask = mask.with_segment_ids(1 + np.arange(length)[None] * DOCUMENTS // length)
+        documents = 1 + np.arange(length)[None] * DOCUMENTS // length
+        mask = ops.plan_documents(mask.with_segment_ids(documents))
     sinks = sinks_of(case)
-    found = {"grug_keras": lambda q, k, v: ops.attention(q, k, v, mask, sinks=sinks)}
+    functions = {"grug_keras": lambda q, k, v: ops.attention(q, k, v, mask, sinks=sinks)}
     if length > LONGEST_DENSE:
-        return found
-    found["all logits"] = lambda q, k, v: ops.attention(
+        return functions
+    functions["all logits"] = lambda q, k, v: ops.attention(
         q, k, v, mask, sinks=sinks, implementation="reference"
     )
     if case == "sinks":  # nobody else has them
-        return found
+        return functions
     plain = {"is_causal": True}
     dense = plain if case == "causal" else {"mask": dense_mask(case, length)}
-    found["keras.ops"] = lambda q, k, v: keras.ops.dot_product_attention(q, k, v, **dense)
-    native = {"jax": jax_peers, "torch": torch_peers, "tensorflow": lambda *_: {}}
-    return found | native[backend](case, dense)
+    functions["keras.ops"] = lambda q, k, v: keras.ops.dot_product_attention(q, k, v, **dense)
+    peers = {"jax": jax_peers, "torch": torch_peers, "tensorflow": lambda *_: {}}
+    return functions | peers[backend](case, dense)
 
 
 def jax_peers(case, dense):
@@ -75,12 +76,12 @@ def jax_peers(case, dense):
 
     options = {"is_causal": True, "local_window_size": (WINDOW - 1, 0)}
     options = options if case == "window" else dense
-    found = {"jax.nn": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options)}
+    functions = {"jax.nn": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options)}
     if importlib.util.find_spec("tokamax"):
         import tokamax
 
-        found["Tokamax"] = lambda q, k, v: tokamax.dot_product_attention(q, k, v, **options)
-    return found
+        functions["Tokamax"] = lambda q, k, v: tokamax.dot_product_attention(q, k, v, **options)
+    return functions
 
 
 def torch_peers(case, dense):
@@ -112,10 +113,10 @@ def load(folder, names):
 
 
 def worker_times(backend, folder, case, length, repeats):
-    """{candidate: {"seconds", "temporary", "errors"}} of interleaved runs."""
+    """Returns {candidate: {"seconds", "temporary", "errors"}} of interleaved runs."""
     import keras
 
-    arrays, found, runs = load(folder, NAMES), {}, {}
+    arrays, results, runs = load(folder, NAMES), {}, {}
     truth = sorted(folder.glob(f"{case}-*.npy"))
     for name, attend in candidates(backend, case, length).items():
         runs[name], temporary = prepare(backend, weighted(attend), arrays, 3)
@@ -125,19 +126,19 @@ def worker_times(backend, folder, case, length, repeats):
             tensors = [keras.ops.convert_to_tensor(a) for a in arrays[:3]]
             got = map(keras.ops.convert_to_numpy, (attend(*tensors), *gradients))
             errors = [relative_error(a, np.load(b)) for a, b in zip(got, truth, strict=True)]
-        found[name] = {"seconds": [], "temporary": temporary, "errors": errors}
+        results[name] = {"seconds": [], "temporary": temporary, "errors": errors}
         del gradients
     for _ in range(repeats):
         for name, run in runs.items():
             begin = time.perf_counter()
             kept = finished(backend, run())
-            found[name]["seconds"].append(time.perf_counter() - begin)
+            results[name]["seconds"].append(time.perf_counter() - begin)
             del kept
-    return found
+    return results
 
 
 def worker_memory(backend, folder, case, length, name):
-    """Peak growth of a warm candidate in a process that has run nothing else."""
+    """Returns the peak growth of a warm candidate in a process that has run nothing else."""
     attend = candidates(backend, case, length)[name]
     arrays = load(folder, NAMES)
     short = min(length, 320)  # more than what runs as the reference anyway
@@ -155,7 +156,7 @@ def write_inputs(folder, length):
 
 
 def write_truth(folder, case, length):
-    """Output and gradients in float64, some rows at a time."""
+    """Writes output and gradients in float64, computed some rows at a time."""
     q, k, v, d_out = (a[0].astype("float64").swapaxes(0, 1) for a in load(folder, NAMES))
     allowed, sinks = dense_mask(case, length)[0, 0], sinks_of(case)
     scale = HEAD_DIM**-0.5
@@ -180,9 +181,9 @@ def write_truth(folder, case, length):
         np.save(folder / f"{case}-{i}.npy", array.swapaxes(0, 1)[None])
 
 
-def rows_of(backend, case, length, found):
-    base = found.get("all logits")
-    for name, row in found.items():
+def table_rows(backend, case, length, results):
+    base = results.get("all logits")
+    for name, row in results.items():
         seconds, ratio, memory_ratio = np.median(row["seconds"]), None, None
         if base:
             pairs = zip(row["seconds"], base["seconds"], strict=True)
@@ -190,10 +191,16 @@ def rows_of(backend, case, length, found):
         if base and base["temporary"] and row["temporary"] is not None:
             memory_ratio = row["temporary"] / base["temporary"]
         yield {
-            "backend": backend, "case": case, "length": length, "candidate": name,
-            "seconds": float(seconds), "ratio": ratio, "temporary": row["temporary"],
-            "memory_ratio": memory_ratio, "errors": row["errors"],
-        }  # fmt: skip
+            "backend": backend,
+            "case": case,
+            "length": length,
+            "candidate": name,
+            "seconds": float(seconds),
+            "ratio": ratio,
+            "temporary": row["temporary"],
+            "memory_ratio": memory_ratio,
+            "errors": row["errors"],
+        }
 
 
 def show(row):
@@ -201,17 +208,19 @@ def show(row):
         return " " * 11 if value is None else f"{value:{form}}{unit}".rjust(11)
 
     mib = None if row["temporary"] is None else row["temporary"] / 2**20
-    print(
-        f"{row['backend']:10} {row['case']:7} {row['length']:6} {row['candidate']:11}"
-        + number(row["seconds"], ".3f", " s") + number(row["ratio"], ".2f", "x")
-        + number(mib, ".0f", " MiB") + number(row["memory_ratio"], ".3f", "x")
-        + "  " + " ".join(f"{e:.1e}" for e in row["errors"]),
-        flush=True,
-    )  # fmt: skip
+    columns = [
+        f"{row['backend']:10} {row['case']:7} {row['length']:6} {row['candidate']:11}",
+        number(row["seconds"], ".3f", " s"),
+        number(row["ratio"], ".2f", "x"),
+        number(mib, ".0f", " MiB"),
+        number(row["memory_ratio"], ".3f", "x"),
+        "  " + " ".join(f"{error:.1e}" for error in row["errors"]),
+    ]
+    print("".join(columns), flush=True)
 
 
 def show_growth(rows):
-    """Microseconds of each position: constant where the cost is linear in the length."""
+    """Prints the microseconds of each position: constant where the cost is linear."""
     print("microseconds a position, of grug_keras, by length")
     for backend in BACKENDS:
         for case in CASES:
@@ -223,11 +232,11 @@ def show_growth(rows):
 
 
 def measure_length(backend, case, length, repeats, folder, with_memory):
-    found = call_worker(__file__, backend, "times", folder, case, length, repeats)
+    results = call_worker(__file__, backend, "times", folder, case, length, repeats)
     if backend != "jax" and with_memory:
-        for name, row in found.items():
+        for name, row in results.items():
             row["temporary"] = call_worker(__file__, backend, "memory", folder, case, length, name)
-    rows = list(rows_of(backend, case, length, found))
+    rows = list(table_rows(backend, case, length, results))
     for row in rows:
         show(row)
     return rows

@@ -1,4 +1,4 @@
-"""Fused linear cross-entropy beside what else there is: time, temporary memory, error.
+"""Fused linear cross-entropy beside other implementations: time, temporary memory, error.
 
     python benchmarks/cross_entropy.py [--json cross_entropy.json] [--backends jax,torch]
 
@@ -24,7 +24,7 @@ from measure import call_worker, finished, peak_growth, prepare, relative_error
 import numpy as np
 
 BACKENDS = ("jax", "torch", "tensorflow")
-# Peers that need what a machine may lack: the module, and what its kernels run on.
+# Peers that a machine may lack: the module, and the device that its kernels run on.
 PEERS = {
     "jax": {"Tokamax": ("tokamax", "cpu")},
     "torch": {
@@ -53,15 +53,15 @@ def jax_candidates():
     def with_optax(h, w, y):
         return optax.softmax_cross_entropy_with_integer_labels(h @ w, y).mean()
 
-    found = {"chunked": ours("chunked"), "streaming": ours("streaming")}
-    found |= {"materialised": materialised, "optax": with_optax, "Keras loss": keras_loss()}
+    functions = {"chunked": ours("chunked"), "streaming": ours("streaming")}
+    functions |= {"materialised": materialised, "optax": with_optax, "Keras loss": keras_loss()}
     if importlib.util.find_spec("tokamax"):
         import tokamax
 
-        found["Tokamax"] = lambda h, w, y: tokamax.linear_softmax_cross_entropy_loss(
+        functions["Tokamax"] = lambda h, w, y: tokamax.linear_softmax_cross_entropy_loss(
             h, y, w, reduction="mean"
         )
-    return found
+    return functions
 
 
 def torch_candidates():
@@ -69,7 +69,7 @@ def torch_candidates():
     import torch
     import torch.nn.functional as F  # noqa: N812
 
-    found = {
+    functions = {
         "chunked": lambda h, w, y: ops.fused_linear_cross_entropy(h, w, y),
         "materialised": lambda h, w, y: F.cross_entropy(h @ w, y.long()),
         "Keras loss": keras_loss(),
@@ -77,10 +77,10 @@ def torch_candidates():
     if hasattr(F, "linear_cross_entropy"):
         # It takes the head as (V, D) and chunks when it is given options.
         options = torch.nn.LinearCrossEntropyOptions()
-        found["F.linear_cross_entropy"] = lambda h, w, y: F.linear_cross_entropy(
+        functions["F.linear_cross_entropy"] = lambda h, w, y: F.linear_cross_entropy(
             h, w.T, y.long(), options=options
         )
-    return found
+    return functions
 
 
 def tensorflow_candidates():
@@ -110,16 +110,19 @@ def load(folder):
 
 
 def worker_times(backend, folder, repeats):
-    """{candidate: {"gradients"/"loss": seconds, "errors": [...]}} of interleaved runs."""
+    """Returns {candidate: {"seconds", "temporary", "errors"}} of interleaved runs.
+
+    Seconds and temporary bytes are dicts: of a loss with its "gradients", and of a "loss" alone.
+    """
     import keras
 
-    data, found = load(folder), {}
+    data, results = load(folder), {}
     for part, gradients in (("gradients", True), ("loss", False)):
         runs = {}
         for name, loss in globals()[f"{backend}_candidates"]().items():
             runs[name], temporary = prepare(backend, loss, data, 2 * gradients)
             result = runs[name]()  # compiles
-            row = found.setdefault(name, {"errors": [], "seconds": {}, "temporary": {}})
+            row = results.setdefault(name, {"errors": [], "seconds": {}, "temporary": {}})
             row["temporary"][part] = temporary
             value, grads = result if gradients else (result, ())
             if gradients:
@@ -133,13 +136,13 @@ def worker_times(backend, folder, repeats):
             for name, run in runs.items():
                 begin = time.perf_counter()
                 kept = finished(backend, run())
-                found[name]["seconds"][part].append(time.perf_counter() - begin)
+                results[name]["seconds"][part].append(time.perf_counter() - begin)
                 del kept
-    return found
+    return results
 
 
 def worker_memory(backend, folder, name, part):
-    """Peak growth of a warm candidate in a process that has run nothing else."""
+    """Returns the peak growth of a warm candidate in a process that has run nothing else."""
     data = load(folder)
     loss = globals()[f"{backend}_candidates"]()[name]
     small = [data[0][:8], data[1][:, :64].copy(), data[2][:8] % 64]
@@ -150,7 +153,7 @@ def worker_memory(backend, folder, name, part):
 
 
 def write_truth(folder, T, D, V):
-    """Inputs, and their loss and gradients in float64, some tokens at a time."""
+    """Writes inputs, and their loss and gradients in float64, some tokens at a time."""
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(T, D)).astype("float32")
     lm_head = (rng.normal(size=(D, V)) / np.sqrt(D)).astype("float32")
@@ -176,10 +179,10 @@ def write_truth(folder, T, D, V):
         np.save(folder / f"{name}.npy", array)
 
 
-def table(backend, found, head_bytes):
-    """Rows of one backend, with ratios to its materialised logits."""
-    base, rows = found["materialised"], []
-    for name, row in found.items():
+def table(backend, results, head_bytes):
+    """Returns the rows of one backend, with ratios to its materialised logits."""
+    base, rows = results["materialised"], []
+    for name, row in results.items():
         for part in ("gradients", "loss"):
             pairs = zip(row["seconds"][part], base["seconds"][part], strict=True)
             aside = head_bytes if part == "gradients" and name != "materialised" else 0
@@ -218,13 +221,13 @@ def main(tokens, hidden, vocabulary, repeats, backends, path):
         folder = pathlib.Path(name)
         write_truth(folder, tokens, hidden, vocabulary)
         for backend in backends.split(","):
-            found = call_worker(__file__, backend, folder, "times", repeats)
-            for candidate, row in found.items():
+            results = call_worker(__file__, backend, folder, "times", repeats)
+            for candidate, row in results.items():
                 if backend != "jax":
                     for part in row["temporary"]:
                         grown = call_worker(__file__, backend, folder, "memory", candidate, part)
                         row["temporary"][part] = grown
-            rows += table(backend, found, 4 * hidden * vocabulary)
+            rows += table(backend, results, 4 * hidden * vocabulary)
             for row in [row for row in rows if row["backend"] == backend]:
                 print(
                     "{backend:10} {candidate:22} {part:9} {seconds:6.2f} s {ratio:5.2f}x  "

@@ -41,7 +41,7 @@ def measure(kind, window, documents, largest_block, fused_blocks):
     ids = 1 + np.arange(LENGTH)[None] * documents // LENGTH
 
     def loss(query, key, value, ids):
-        mask = rules.with_segment_ids(ids) if documents > 1 else rules
+        mask = ops.plan_documents(rules.with_segment_ids(ids)) if documents > 1 else rules
         return ops.attention(query, key, value, mask).astype("float32").sum()
 
     heads = (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)

@@ -276,7 +276,7 @@ class Grugformer(keras.Model):
         return next_token_loss(hidden, self.lm_head.kernel, labels, weights)
 
     def get_metrics_result(self):
-        """Returns `loss`, the mean over all tokens so far, and in training `batch_loss`, of this step."""
+        """Returns `loss`, the mean over all tokens so far, and in training `batch_loss`."""
         logs = {"loss": self.token_loss.result()}
         if getattr(self, "_report_batch_loss", False):
             logs["batch_loss"] = self.batch_loss.result()

@@ -1,15 +1,11 @@
 """Pure functions on tensors: no layers, no configuration. Import as `grug_keras.ops`."""
 
 from grug_keras.ops.attention import attention
+from grug_keras.ops.attention_dispatch import plan_documents
 from grug_keras.ops.attention_mask import AttentionMask
 from grug_keras.ops.cross_entropy import fused_linear_cross_entropy
 from grug_keras.ops.registry import implementations
 from grug_keras.ops.rotary import document_positions, rotary_embedding
-
-
-def plan_documents(mask):
-    return mask
-
 
 __all__ = [
     "AttentionMask",

@@ -1,4 +1,4 @@
-"""Which keys a query may see, as rules."""
+"""The rules that say which keys a query may attend to."""
 
 import dataclasses
 from numbers import Integral
@@ -8,24 +8,24 @@ import keras
 from keras import ops
 import numpy as np
 
-# Makes what the backend's kernel reads of a mask's documents; attention.py sets it.
-plan_documents = None
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionMask:
-    """Which keys a query may see, described by rules rather than by an (S, T) array.
+    """Which keys a query may attend to, described by rules rather than by an `(S, T)` array.
 
-    The rules are combined with "and". Query and key positions both count from 0.
+    A query sees a key if every rule allows it. Query and key positions both count from 0.
 
     Args:
         is_causal: bool. A query sees keys at its own position and before.
-        sliding_window: int >= 1 or None. A query sees the last `sliding_window` keys,
-            its own position included. It bounds the look back only: without `is_causal`
-            the future stays visible.
+        sliding_window: int >= 1 or None. A query sees the last `sliding_window` keys, its own
+            position included. It bounds the look back only: without `is_causal` a query also
+            sees all later keys.
         segment_ids: int tensor `(B, S)`, or a pair `(B, S), (B, T)` for queries and keys.
             0 is padding, 1.. are documents. A query sees only keys of its own document;
             padding sees nothing, is seen by nothing, and yields exact zeros.
+
+    Attributes:
+        plan: None, or which blocks a kernel visits, made by `ops.plan_documents`.
 
     Raises:
         ValueError: for a window below 1, or segment ids that are not 2-D integers.
@@ -39,7 +39,7 @@ class AttentionMask:
     is_causal: bool = True
     sliding_window: int | None = None
     segment_ids: Any = None
-    # What a kernel reads of the documents: made once, for all layers that are given this mask.
+    # `dataclasses.replace` leaves it out, so that no plan outlives the rules that it is made of.
     plan: Any = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self):
@@ -50,30 +50,35 @@ class AttentionMask:
             raise ValueError(f"sliding_window must be an int or None, got {window!r}")
         if window is not None and window < 1:
             raise ValueError(f"sliding_window must be at least 1, got {window}")
-        if self.segment_ids is not None:
-            pair = self.segment_ids
-            pair = pair if isinstance(pair, tuple) else (pair, pair)
-            if len(pair) != 2:
-                raise ValueError(
-                    f"segment_ids must be one tensor or a pair (queries, keys), got {len(pair)}"
-                )
-            query_ids = _as_segment_ids(pair[0])
-            key_ids = query_ids if pair[1] is pair[0] else _as_segment_ids(pair[1])
-            if ops.dtype(query_ids) != ops.dtype(key_ids):
-                wider = keras.backend.result_type(ops.dtype(query_ids), ops.dtype(key_ids))
-                query_ids, key_ids = ops.cast(query_ids, wider), ops.cast(key_ids, wider)
-            object.__setattr__(self, "segment_ids", (query_ids, key_ids))
-            if plan_documents is not None:
-                object.__setattr__(self, "plan", plan_documents(self))
+        if self.segment_ids is None:
+            return
+        pair = self.segment_ids
+        pair = pair if isinstance(pair, tuple) else (pair, pair)
+        if len(pair) != 2:
+            raise ValueError(
+                f"segment_ids must be one tensor or a pair (queries, keys), got {len(pair)}"
+            )
+        query_ids = _as_segment_ids(pair[0])
+        key_ids = query_ids if pair[1] is pair[0] else _as_segment_ids(pair[1])
+        if ops.dtype(query_ids) != ops.dtype(key_ids):
+            wider = keras.backend.result_type(ops.dtype(query_ids), ops.dtype(key_ids))
+            query_ids, key_ids = ops.cast(query_ids, wider), ops.cast(key_ids, wider)
+        object.__setattr__(self, "segment_ids", (query_ids, key_ids))
 
     def with_segment_ids(self, q, kv=None):
-        """Returns this mask with the documents of a packed batch.
+        """Returns this mask with the documents of a packed batch, without a plan.
 
         Args:
             q: int tensor `(B, S)`, document of each query, 0 for padding.
             kv: int tensor `(B, T)`, document of each key. Defaults to `q`.
         """
         return dataclasses.replace(self, segment_ids=(q, q if kv is None else kv))
+
+    def with_plan(self, plan):
+        """Returns this mask with a plan of its blocks; `ops.plan_documents` makes one."""
+        planned = dataclasses.replace(self)
+        object.__setattr__(planned, "plan", plan)
+        return planned
 
     def materialize(self, q_len, kv_len):
         """Returns the mask as a bool tensor, True where a query may attend.
@@ -100,7 +105,7 @@ class AttentionMask:
         return ops.logical_and(allowed, same_document)
 
     def check_lengths(self, q_len, kv_len):
-        """Raises ValueError unless the segment ids are of S queries and T keys."""
+        """Raises ValueError unless the segment ids are those of S queries and T keys."""
         for name, ids, length in zip(
             ("query", "key"), self.segment_ids, (q_len, kv_len), strict=True
         ):
@@ -111,11 +116,21 @@ class AttentionMask:
                 )
 
 
+def is_dense(mask):
+    """Returns whether a mask is a bool tensor, neither None nor an `AttentionMask`."""
+    return not (mask is None or isinstance(mask, AttentionMask))
+
+
+def has_documents(mask):
+    """Returns whether a mask is an `AttentionMask` with segment ids."""
+    return isinstance(mask, AttentionMask) and mask.segment_ids is not None
+
+
 def _as_segment_ids(ids):
     if isinstance(ids, np.ndarray) and ids.size and ids.dtype.kind in "iu":
-        for found in (ids.min(), ids.max()):
-            if not 0 <= found < 2**31:
-                raise ValueError(f"segment_ids must be 0 (padding) to 2**31 - 1, got {found}")
+        for extreme in (ids.min(), ids.max()):
+            if not 0 <= extreme < 2**31:
+                raise ValueError(f"segment_ids must be 0 (padding) to 2**31 - 1, got {extreme}")
     ids = ops.convert_to_tensor(ids)
     if len(ids.shape) != 2 or not ops.dtype(ids).startswith(("int", "uint")):
         raise ValueError(

@@ -1,4 +1,7 @@
-"""Softmax cross-entropy of one block of logits: the formulas that all backends share."""
+"""Softmax cross-entropy of one block of logits: the formulas that all backends share.
+
+Tokens come flattened: T of them in a call, C in a chunk. D is the hidden size, V the vocabulary.
+"""
 
 import dataclasses
 import math
@@ -7,19 +10,19 @@ from typing import Any, NamedTuple
 from keras import ops
 
 SMALLEST_CHUNK = 256
-# A vocabulary chunk reads all tokens: its columns matter little for speed.
+# A vocabulary chunk holds logits of all tokens, so that its columns matter little for speed.
 VOCABULARY_CHUNK_LOGITS, FEWEST_COLUMNS = 2**26, 128
 
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """What is static in a call of `fused_linear_cross_entropy`; the names are its arguments.
+    """The options of a call of `fused_linear_cross_entropy`, static when it is compiled.
 
     Attributes:
         z_loss, label_smoothing: float.
         logit_soft_cap: float or None.
         chunk_size: int or None. Tokens of a token chunk, columns of a vocabulary chunk.
-        with_argmax: bool.
+        with_argmax: bool, whether the argmax of `TokenStatistics` is asked for.
     """
 
     z_loss: float = 0.0
@@ -30,10 +33,12 @@ class LossOptions:
 
 
 class TokenStatistics(NamedTuple):
-    """What a forward pass knows of each token, `(C,)` each.
+    """The statistics of each token, `(C,)` each.
 
-    `losses` are float32 and not weighted, `logsumexp` is float32, `argmax` int32 (zeros when
-    it was not asked for).
+    Attributes:
+        losses: float32, without weights.
+        logsumexp: float32, of the logits.
+        argmax: int32, the column of the greatest logit; zeros if it is not asked for.
     """
 
     losses: Any
@@ -42,43 +47,46 @@ class TokenStatistics(NamedTuple):
 
 
 class Columns:
-    """Which columns of the vocabulary a block of logits holds: here, all of them.
+    """The columns of the vocabulary that a block of logits holds: here, all of them.
 
-    A vocabulary split over devices overrides the four methods.
+    A vocabulary that is split over devices overrides the methods.
 
     Args:
         count: int, columns in the block.
     """
 
-    whole = True
+    is_split = False
 
     def __init__(self, count):
         self.vocab_size = count
 
     def local(self, labels):
-        """Labels counted from the block's first column; out of range where it is elsewhere."""
+        """Returns labels counted from this block's first column; others' are out of range."""
         return labels
 
     def max(self, values):
-        """Maximum over the blocks of a row, from that of this one."""
+        """Returns the maximum of whole rows, from that of this block."""
         return values
 
     def sum(self, values):
-        """Sum over the blocks of a row, from that of this one."""
+        """Returns the sum of whole rows, from that of this block."""
         return values
 
     def argmax(self, values, indices):
-        """Column of the row's greatest logit, from this block's greatest and its column."""
+        """Returns the column of each row's greatest logit, from the greatest of this block."""
         return indices
 
 
 def soft_cap(logits, cap):
-    """`cap * tanh(logits / cap)` (Gemma 2, https://arxiv.org/abs/2408.00118), or as they are."""
+    """Returns `cap * tanh(logits / cap)`, or the logits if cap is None.
+
+    Reference: Gemma 2, https://arxiv.org/abs/2408.00118.
+    """
     return logits if cap is None else cap * ops.tanh(logits / cap)
 
 
 def losses_from(logsumexp, label_logits, mean_logits, options):
-    """Losses `(C,)` from the softmax statistics of capped logits.
+    """Returns losses `(C,)`, from the softmax statistics of capped logits.
 
     Args:
         logsumexp, label_logits, mean_logits: float32 `(C,)`. The last one is read only when
@@ -92,28 +100,28 @@ def losses_from(logsumexp, label_logits, mean_logits, options):
 
 
 def at_labels(logits, labels):
-    """The logits at in-range labels, 0 for the other rows; `(C,)` from `(C, columns)`."""
+    """Returns the logit of each row `(C, columns)` at its label; 0 where that is out of range."""
     inside = ops.logical_and(labels >= 0, labels < logits.shape[1])
     picked = ops.take_along_axis(logits, ops.where(inside, labels, 0)[:, None], axis=1)[:, 0]
     return ops.where(inside, picked, 0.0)
 
 
 def argmax_of(logits, options):
-    """int32 `(C,)`, the greatest column of each row; zeros if nobody asks."""
+    """Returns the column of each row's greatest logit, int32 `(C,)`; zeros if not asked for."""
     if options.with_argmax:
         return ops.cast(ops.argmax(logits, axis=1), "int32")
     return ops.zeros(ops.shape(logits)[:1], "int32")
 
 
 def chunk_loss(logits, labels, weights, options, columns=None):
-    """Statistics of a chunk of tokens, and the gradient to its logits if `weights` are given.
+    """Returns the statistics of a chunk of tokens, and with `weights` the gradient of its logits.
 
     Args:
         logits: float32 `(C, columns)`, raw.
         labels: int32 `(C,)`, of the whole vocabulary.
         weights: float32 `(C,)`, or None for a forward pass alone.
         options: `LossOptions`.
-        columns: `Columns`; None if the rows are whole.
+        columns: `Columns`; None if the logits have all columns.
 
     Returns:
         Pair of `TokenStatistics` and the gradient of `sum(weights * losses)`, float32
@@ -155,7 +163,7 @@ def chunk_loss(logits, labels, weights, options, columns=None):
 def logit_gradients(
     capped, exponentials, labels, weights, logsumexp, options, *, normaliser=None, vocab_size
 ):
-    """Gradient of `sum(weights * losses)` to the raw logits, for any columns of them.
+    """Returns the gradient of `sum(weights * losses)` by the raw logits, for some columns.
 
     `w * (p * (1 + 2 z lse) - (1 - e) * onehot - e / V)`, times `1 - tanh(logits / cap)**2`
     under a soft cap, where p is `exponentials / normaliser`.
@@ -166,7 +174,7 @@ def logit_gradients(
         weights, logsumexp: float32 `(C,)`.
         options: `LossOptions`.
         normaliser: float32 `(C,)`, or None if the exponentials are probabilities already.
-        vocab_size: int, columns of a whole row.
+        vocab_size: int, V.
 
     Returns:
         float32 `(C, columns)`.
@@ -184,23 +192,27 @@ def logit_gradients(
     return gradient
 
 
-def no_statistics(num_tokens):
-    """Peak, sum of exponentials, label logit, sum of logits and argmax of no columns at all."""
+def initial_statistics(num_tokens):
+    """Returns the running statistics before the first vocabulary chunk.
+
+    They are the peak, the sum of exponentials, the label's logit, the sum of logits and the
+    argmax, `(T,)` each.
+    """
     zeros = ops.zeros((num_tokens,), "float32")
     return zeros - math.inf, zeros, zeros, zeros, ops.cast(zeros, "int32")
 
 
-def update_statistics(found, capped, labels, start, options):
-    """What `no_statistics` lists, after the columns from `start` on.
+def update_statistics(running, capped, labels, start, options):
+    """Returns the running statistics after the columns from `start` on.
 
     Args:
-        found: tuple of `(T,)` tensors, of the columns before these.
-        capped: float32 `(T, columns)`.
+        running: as of `initial_statistics`, of the columns before these.
+        capped: float32 `(T, columns)`, capped logits.
         labels: int32 `(T,)`.
         start: int, or int32 scalar tensor.
         options: `LossOptions`.
     """
-    peak, normaliser, label_logits, total, best = found
+    peak, normaliser, label_logits, total, best = running
     # With an initial value Keras takes the maximum of no tokens too.
     top = ops.maximum(peak, ops.max(capped, axis=1, initial=-math.inf))
     kept = normaliser * ops.exp(peak - top)
@@ -214,9 +226,9 @@ def update_statistics(found, capped, labels, start, options):
     )
 
 
-def finish_statistics(found, options, columns):
-    """`TokenStatistics` from what `update_statistics` made of one device's columns."""
-    peak, normaliser, label_logits, total, best = found
+def finish_statistics(running, options, columns):
+    """Returns `TokenStatistics`, from the running statistics of one device's columns."""
+    peak, normaliser, label_logits, total, best = running
     top = columns.max(peak)
     logsumexp = ops.log(columns.sum(normaliser * ops.exp(peak - top))) + top
     mean = columns.sum(total) / columns.vocab_size
@@ -225,7 +237,7 @@ def finish_statistics(found, options, columns):
 
 
 def chunk_tokens(num_tokens, num_columns, chunk_logits):
-    """Tokens of a chunk.
+    """Returns the tokens of a chunk.
 
     Args:
         num_tokens: int, or None if it is not known yet.
@@ -245,11 +257,12 @@ def chunk_tokens(num_tokens, num_columns, chunk_logits):
 
 
 def chunk_columns(num_tokens, num_columns, most=2048):
-    """Columns of a vocabulary chunk, which holds them for all tokens.
+    """Returns the columns of a vocabulary chunk, which holds their logits for all tokens.
 
     Args:
         num_tokens: int, or None if it is not known yet.
-        num_columns, most: int.
+        num_columns: int, V.
+        most: int, the most columns.
     """
     fit = most if num_tokens is None else VOCABULARY_CHUNK_LOGITS // max(1, num_tokens)
     return min(num_columns, max(FEWEST_COLUMNS, min(most, fit)))

@@ -1,4 +1,4 @@
-"""Fused linear cross-entropy: contract, checks, reference, choice of implementation."""
+"""Fused linear cross-entropy: what the op computes, its checks, its implementations."""
 
 import importlib
 import math
@@ -9,11 +9,12 @@ import keras
 from keras import ops
 import numpy as np
 
-BACKENDS = ("jax", "tensorflow", "torch")
-if keras.config.backend() in BACKENDS:  # now: torch.compile does not trace an import
-    native = importlib.import_module(f"grug_keras.ops.{keras.config.backend()}.cross_entropy")
+OP = "fused_linear_cross_entropy"
+BACKEND = keras.config.backend()
+if BACKEND in registry.BACKENDS:  # imported now: torch.compile does not trace an import
+    loops = importlib.import_module(f"grug_keras.ops.{BACKEND}.chunked_cross_entropy")
 
-# A tuple, not a union: torch.compile reads the one and not the other.
+# A tuple, not a union: torch.compile reads only the tuple.
 _HOST_ARRAYS = (np.ndarray, list, tuple)
 
 
@@ -52,11 +53,11 @@ def fused_linear_cross_entropy(
         chunk_size: int or None. Tokens per chunk of the gradient (`"streaming"`: columns per
             chunk), on each device; None takes what suits the shape and the platform.
         return_statistics: bool. Also returns a `TokenStatistics`.
-        implementation: str or None. None picks the best that can run here: `"chunked"`.
-            `"streaming"` (JAX) needs less memory when tokens are many, and a third more
-            arithmetic; `"pallas"` (JAX, bfloat16 hidden, no soft cap) runs two kernels that
-            are for TPU v6e and tpu7x at a hidden size up to 2048, and are interpreted,
-            slowly, elsewhere; `"reference"` holds all logits.
+        implementation: str or None. None runs `"chunked"`. `"streaming"` (JAX) needs less
+            memory when tokens are many, and a third more arithmetic; `"pallas"` (JAX, bfloat16
+            hidden, no soft cap) runs two kernels that are for TPU v6e and tpu7x at a hidden
+            size up to 2048, and are interpreted, slowly, elsewhere; `"reference"` holds all
+            logits.
 
     Returns:
         float32 scalar, or `(...)` for `reduction="none"`. With `return_statistics` a pair of
@@ -88,24 +89,23 @@ def fused_linear_cross_entropy(
     weights = ops.cast(weights, "float32")
     _check_shapes(hidden, lm_head, labels, weights)
     if None in hidden.shape[:-1]:  # on TensorFlow
-        labels, weights = native.match_rows(hidden, labels, weights)
+        labels, weights = loops.match_rows(hidden, labels, weights)
     # V itself may not fit into the labels' own dtype, and not every label into int32.
     labels = ops.cast(labels, "int64" if "int64" in ops.dtype(labels) else "int32")
 
     counted = weights != 0
     valid = ops.logical_and(labels >= 0, labels < lm_head.shape[1])
-    # A compiled step cannot raise: a wrong label that counts must not look like a number.
-    weights = ops.where(counted, ops.where(valid, weights, math.nan), 0.0)
-    # Zeroed before any product: 0 * nan is nan, and the gradient must be 0 as well.
-    hidden = ops.where(counted[..., None], hidden, ops.zeros((), dtype=hidden.dtype))
-    labels = ops.cast(ops.where(ops.logical_and(counted, valid), labels, 0), "int32")
+    hidden, labels, weights = _without_uncounted(hidden, labels, weights, counted, valid)
     if reduction == "mean":
         weight = ops.sum(weights)
         weights = weights / ops.where(weight == 0, 1.0, weight)
 
     cap = None if logit_soft_cap is None else float(logit_soft_cap)
     options = LossOptions(float(z_loss), float(label_smoothing), cap, chunk_size, return_statistics)
-    run = registry.choose("fused_linear_cross_entropy", implementation)
+    if implementation is None:
+        implementation = "chunked"  # on every backend and device
+        registry.announce(OP, "'chunked'")
+    run = registry.choose(OP, implementation)
     flat = [ops.reshape(array, (-1,)) for array in (labels, weights)]
     loss, statistics = run(
         ops.reshape(hidden, (-1, hidden.shape[-1])), lm_head, *flat, options, reduction == "none"
@@ -115,8 +115,24 @@ def fused_linear_cross_entropy(
     return (loss, _shaped(statistics, counted, valid)) if return_statistics else loss
 
 
+def _without_uncounted(hidden, labels, weights, counted, valid):
+    """Returns the arrays with zeros where the weight is 0, and nan weights for wrong labels.
+
+    Args:
+        hidden, labels, weights: as of `fused_linear_cross_entropy`.
+        counted: bool `(...)`, where the weight is not 0.
+        valid: bool `(...)`, where the label is in the vocabulary.
+    """
+    # A compiled step cannot raise: a wrong label that counts must not look like a number.
+    weights = ops.where(counted, ops.where(valid, weights, math.nan), 0.0)
+    # Zeroed before any product: 0 * nan is nan, and the gradient must be 0 as well.
+    hidden = ops.where(counted[..., None], hidden, ops.zeros((), dtype=hidden.dtype))
+    labels = ops.cast(ops.where(ops.logical_and(counted, valid), labels, 0), "int32")
+    return hidden, labels, weights
+
+
 def _shaped(statistics, counted, valid):
-    """Statistics in the shape of the labels, zero where the weight is, without gradients."""
+    """Returns statistics in the shape of the labels, 0 where the weight is, without gradients."""
     shaped = (ops.reshape(ops.stop_gradient(s), ops.shape(counted)) for s in statistics)
     losses, *others = (ops.where(counted, s, ops.zeros_like(s)) for s in shaped)
     wrong = ops.logical_and(counted, ops.logical_not(valid))
@@ -124,29 +140,29 @@ def _shaped(statistics, counted, valid):
 
 
 def _chunked(hidden, lm_head, labels, weights, options, per_token):
-    """Token chunks: three matrix products for a sum, four for losses of each token."""
+    """Loops over chunks of tokens: three products for a sum, four for losses of each token."""
     if per_token:
-        statistics = native.chunked_losses(hidden, lm_head, labels, options)
+        statistics = loops.chunked_losses(hidden, lm_head, labels, options)
         return weights * statistics.losses, statistics
-    return native.chunked_total(hidden, lm_head, labels, weights, options)
+    return loops.chunked_total(hidden, lm_head, labels, weights, options)
 
 
 def _streaming(hidden, lm_head, labels, weights, options, per_token):
-    """Vocabulary chunks: four matrix products, and the least memory."""
-    statistics = native.streaming_losses(hidden, lm_head, labels, options)
+    """Loops over chunks of the vocabulary: four products, and the least memory."""
+    statistics = loops.streaming_losses(hidden, lm_head, labels, options)
     return _weighted(statistics, weights, per_token)
 
 
 def _pallas(hidden, lm_head, labels, weights, options, per_token):
-    """`_chunked`, each chunk by a pair of TPU kernels."""
+    """Computes `_chunked`, each chunk by a pair of TPU kernels."""
     if per_token:
-        statistics = native.pallas_losses(hidden, lm_head, labels, options)
+        statistics = loops.pallas_losses(hidden, lm_head, labels, options)
         return weights * statistics.losses, statistics
-    return native.pallas_total(hidden, lm_head, labels, weights, options)
+    return loops.pallas_total(hidden, lm_head, labels, weights, options)
 
 
 def _reference(hidden, lm_head, labels, weights, options, per_token):
-    """The definition, with all `(T, V)` logits in memory and the backend's own gradient."""
+    """Computes the loss by its definition, with all `(T, V)` logits in memory."""
     kernel = ops.cast(ops.convert_to_tensor(lm_head), hidden.dtype)
     logits = ops.matmul(ops.cast(hidden, "float32"), ops.cast(kernel, "float32"))
     statistics, _ = chunk_loss(logits, labels, None, options)
@@ -158,10 +174,10 @@ def _weighted(statistics, weights, per_token):
     return (losses if per_token else ops.sum(losses)), statistics
 
 
-registry.register("fused_linear_cross_entropy", "chunked", _chunked, registry.only_on(*BACKENDS))
-registry.register("fused_linear_cross_entropy", "streaming", _streaming, registry.only_on("jax"))
-registry.register("fused_linear_cross_entropy", "pallas", _pallas, registry.only_on("jax"))
-registry.register("fused_linear_cross_entropy", "reference", _reference)
+registry.register(OP, "chunked", registry.BACKENDS, _chunked)
+registry.register(OP, "streaming", ("jax",), _streaming)
+registry.register(OP, "pallas", ("jax",), _pallas)
+registry.register(OP, "reference", None, _reference)
 
 
 def _check_options(z_loss, label_smoothing, logit_soft_cap, reduction, chunk_size):
@@ -178,7 +194,7 @@ def _check_options(z_loss, label_smoothing, logit_soft_cap, reduction, chunk_siz
 
 
 def _checked_labels(labels, weights, head_shape):
-    """Host arrays are checked now; a compiled step cannot raise, so there the loss is nan."""
+    """Returns the labels; raises for wrong ones in an array of the host, which can be read now."""
     if not isinstance(labels, _HOST_ARRAYS) or len(head_shape) != 2:
         return labels
     labels, vocab_size = np.asarray(labels), head_shape[1]
@@ -189,7 +205,8 @@ def _checked_labels(labels, weights, head_shape):
         counted = wrong if weights is None else wrong & (np.asarray(weights) != 0)
         if np.any(counted):
             raise ValueError(f"labels must be in [0, {vocab_size}), got {labels[counted].flat[0]}")
-    return np.where(wrong, -1, labels)  # which of them count is not known yet; nor do all fit
+    # Which of them count is not known yet; and not all of them fit into 32 bits.
+    return np.where(wrong, -1, labels)
 
 
 def _check_shapes(hidden, lm_head, labels, weights):

@@ -1,7 +1,9 @@
-"""Which implementations of an op exist, which can run here, and which one was picked."""
+"""The implementations of each op: which exist, which can run here, and the choice by name."""
 
+from collections.abc import Callable
 import functools
 import logging
+from typing import NamedTuple
 
 import keras
 
@@ -15,35 +17,40 @@ else:
 
 logger = logging.getLogger("grug_keras.ops")
 
-# op name -> {implementation name: (function, probe)}, best first. A probe returns None
-# when the implementation can run here, else the reason why it cannot.
-_REGISTRY = {}
+# The Keras backends that grug_keras has fast implementations for.
+BACKENDS = ("jax", "tensorflow", "torch")
 
 
-def register(op, name, function, probe=lambda: None):
-    """Adds an implementation of an op; earlier ones are preferred.
+class _Implementation(NamedTuple):
+    backends: tuple | None
+    function: Callable | None
+    why_not: Callable
+
+    def status(self):
+        backend = keras.config.backend()
+        if self.backends is not None and backend not in self.backends:
+            return f"it is written for {' and '.join(self.backends)}, this is {backend}"
+        return self.why_not() or "available"
+
+
+_REGISTRY = {}  # op name -> {implementation name: _Implementation}
+
+
+def register(op, name, backends, function=None, why_not=lambda: None):
+    """Adds an implementation of an op.
 
     Args:
         op: str, name of the op.
         name: str, name of the implementation.
-        function: what runs.
-        probe: function that returns None if it can run here, else the reason why not.
+        backends: tuple of str, the Keras backends that it is written for, or None for all.
+        function: what runs; None if this backend is none of them.
+        why_not: function that returns None if this machine can run it, else the reason why not.
     """
-    _REGISTRY.setdefault(op, {})[name] = (function, probe)
-
-
-def only_on(*backends):
-    """A probe for `register`: what is written for some backends cannot run on the others."""
-
-    def probe():
-        backend = keras.config.backend()
-        return None if backend in backends else f"it is written for {backends}, this is {backend}"
-
-    return probe
+    _REGISTRY.setdefault(op, {})[name] = _Implementation(backends, function, why_not)
 
 
 def implementations(op):
-    """Lists the implementations of an op, best first.
+    """Lists the implementations of an op.
 
     Args:
         op: str, `"attention"` or `"fused_linear_cross_entropy"`, or the op itself.
@@ -62,38 +69,39 @@ def implementations(op):
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _REGISTRY:
         raise ValueError(f"op must be one of {sorted(_REGISTRY)}, got {name!r}")
-    return {key: probe() or "available" for key, (_, probe) in _REGISTRY[name].items()}
+    return {key: entry.status() for key, entry in _REGISTRY[name].items()}
 
 
-def choose(op, implementation=None):
-    """Returns the function to run: the one asked for, or the best that can run here.
+def choose(op, implementation):
+    """Returns the function of the implementation that the user asks for.
 
     Args:
         op: str.
-        implementation: str or None, what the user asks for.
+        implementation: str.
 
     Raises:
         ValueError: for an unknown name, or one that cannot run here, with the reason.
     """
-    status = implementations(op)
-    if implementation is None:
-        implementation = next(name for name, why in status.items() if why == "available")
-        announce(op, repr(implementation))
-    if implementation not in status:
-        raise ValueError(f"implementation must be one of {list(status)}, got {implementation!r}")
-    if status[implementation] != "available":
-        raise ValueError(
-            f"implementation={implementation!r} cannot run here: {status[implementation]}"
-        )
-    return _REGISTRY[op][implementation][0]
+    known = _REGISTRY[op]
+    if implementation not in known:
+        raise ValueError(f"implementation must be one of {list(known)}, got {implementation!r}")
+    status = known[implementation].status()
+    if status != "available":
+        raise ValueError(f"implementation={implementation!r} cannot run here: {status}")
+    return known[implementation].function
 
 
 def announce(op, what):
-    """Says in the log, once, what a call without `implementation` runs as."""
+    """Logs, once, what a call without `implementation` runs as.
+
+    Args:
+        op: str.
+        what: str, the implementation, and when it runs.
+    """
     if not _is_compiling():
-        _say_once(op, what)
+        _log_once(op, what)
 
 
 @functools.cache
-def _say_once(op, what):
+def _log_once(op, what):
     logger.info("%s runs as %s on %s", op, what, keras.config.backend())

@@ -63,7 +63,7 @@ def _frequencies(half, theta):
 
 
 def _host_table(positions, half, theta):
-    """Cosines and sines of shape `(*positions, H / 2)`: float64 angles, float32 results."""
+    """Returns cosines and sines `(*positions, H / 2)`: float64 angles, float32 results."""
     angles = positions[..., None] * _frequencies(half, theta)
     return np.cos(angles).astype("float32"), np.sin(angles).astype("float32")
 
@@ -94,7 +94,7 @@ def _compatible(got, expected):
 
 
 def document_positions(segment_ids):
-    """Positions that restart at 0 wherever the segment id changes.
+    """Returns positions that restart at 0 wherever the segment id changes.
 
     Args:
         segment_ids: int tensor `(B, S)`.

@@ -1,5 +1,6 @@
 """Plain `pytest` runs JAX in this process, and the other backends in processes beside it."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -14,6 +15,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 # One process may hold libtpu: it must be the one that compiles for TPUs.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time is LLVM's. CI runs the slow tests, and the main job, as people run them.
+FAST_COMPILES = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ.setdefault("XLA_FLAGS", FAST_COMPILES)
 # All processes of all tests share what XLA has compiled: the smoke step compiles once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -31,7 +35,8 @@ def pytest_report_header(config):
 def pytest_collection_modifyitems(config, items):
     """Leaves out what is JAX's alone elsewhere; looks at the suites of other backends last."""
     if keras.config.backend() != "jax":
-        config.hook.pytest_deselected([item for item in items if item.get_closest_marker("jax")])
+        jax_items = [item for item in items if item.get_closest_marker("jax")]
+        config.hook.pytest_deselected(items=jax_items)
         items[:] = [item for item in items if not item.get_closest_marker("jax")]
     items.sort(key=lambda item: item.path.name == "test_backends.py")
 
@@ -78,3 +83,14 @@ def tiny_config():
         max_seq_len=16,
         qk_norm=True,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """A `build_model` for runs: the smallest model of a configuration's vocabulary and length."""
+
+    def build_model(config, model_class=grug_keras.Grugformer):
+        sizes = {"hidden_dim": 32, "intermediate_dim": 48, "num_layers": 1, "head_dim": 16}
+        return model_class(dataclasses.replace(config, **sizes))
+
+    return build_model

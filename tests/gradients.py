@@ -1,44 +1,83 @@
-"""Values and gradients through whichever backend runs, and the numeric truth."""
+"""Values and gradients through whichever backend runs, and by finite differences."""
 
 import keras
 import numpy as np
 
 
-def value_and_gradients(function, *arrays, compiled=False):
-    """`function(*tensors)` gives a scalar tensor; returns it and its gradients, as numpy."""
-    backend = keras.config.backend()
-    if backend == "jax":
-        import jax
+def differentiated(function, wanted, compiled=True):
+    """Returns a function of NumPy arrays that runs and differentiates `function` on the backend.
 
-        run = jax.value_and_grad(function, argnums=tuple(range(len(arrays))))
-        run = jax.jit(run) if compiled else run
-        value, gradients = run(*(jax.numpy.asarray(a) for a in arrays))
-    elif backend == "tensorflow":
-        import tensorflow as tf
+    Call the result again with other arrays of the same shapes: they share one compiled program.
 
-        def run(*tensors):
-            with tf.GradientTape() as tape:
-                tape.watch(tensors)
-                value = function(*tensors)
-            return value, tape.gradient(value, tensors)
+    Args:
+        function: from tensors to a scalar tensor, and a tuple of other tensors.
+        wanted: int, by how many of its first arguments it is differentiated.
+        compiled: bool. PyTorch always runs eagerly.
 
-        run = tf.function(run) if compiled else run
-        value, gradients = run(*(tf.constant(a) for a in arrays))
-    else:
-        import torch
+    Returns:
+        Function from arrays to `(value, others, gradients)`, all of them NumPy.
+    """
+    run = {"jax": _on_jax, "tensorflow": _on_tensorflow, "torch": _on_torch}[keras.config.backend()]
+    run = run(function, wanted, compiled)
 
-        # On the device of Keras.
-        tensors = [keras.ops.convert_to_tensor(a).detach().clone() for a in arrays]
-        tensors = [tensor.requires_grad_() for tensor in tensors]
-        value = function(*tensors)
-        gradients = torch.autograd.grad(value, tensors)
-        value = value.detach()
-    to_numpy = keras.ops.convert_to_numpy
-    return to_numpy(value), [to_numpy(keras.ops.cast(g, "float32")) for g in gradients]
+    def on_arrays(*arrays):
+        value, others, gradients = run(*map(keras.ops.convert_to_tensor, arrays))
+        return _to_numpy(value), [*map(_to_numpy, others)], [*map(_to_numpy, gradients)]
+
+    return on_arrays
+
+
+def value_and_gradients(function, *arrays, compiled=True):
+    """Returns the value of `function(*tensors)`, a scalar, and its gradients by all arguments."""
+    run = differentiated(lambda *tensors: (function(*tensors), ()), len(arrays), compiled)
+    value, _, gradients = run(*arrays)
+    return value, gradients
+
+
+def _on_jax(function, wanted, compiled):
+    import jax
+
+    run = jax.value_and_grad(function, tuple(range(wanted)), has_aux=True)
+    run = jax.jit(run) if compiled else run
+
+    def flat(*tensors):
+        (value, others), gradients = run(*tensors)
+        return value, others, gradients
+
+    return flat
+
+
+def _on_tensorflow(function, wanted, compiled):
+    import tensorflow as tf
+
+    def run(*tensors):
+        with tf.GradientTape() as tape:
+            tape.watch(tensors[:wanted])
+            value, others = function(*tensors)
+        return value, others, tape.gradient(value, tensors[:wanted])
+
+    return tf.function(run) if compiled else run
+
+
+def _on_torch(function, wanted, compiled):
+    import torch
+
+    def run(*tensors):
+        inputs = [tensor.detach().clone().requires_grad_() for tensor in tensors[:wanted]]
+        value, others = function(*inputs, *tensors[wanted:])
+        return value, others, torch.autograd.grad(value, inputs)
+
+    return run
+
+
+def _to_numpy(tensor):
+    if "float" in keras.backend.standardize_dtype(tensor.dtype):
+        tensor = keras.ops.cast(tensor, "float32")  # NumPy has no bfloat16
+    return keras.ops.convert_to_numpy(tensor)
 
 
 def second_derivative(function, array):
-    """Asks for the derivative of a derivative of `function(tensor)`, a scalar."""
+    """Takes the derivative of a derivative of `function(tensor)`, a scalar."""
     backend = keras.config.backend()
     if backend == "jax":
         import jax
@@ -63,7 +102,7 @@ def second_derivative(function, array):
 
 
 def numeric_gradients(function, *arrays, step=1e-5):
-    """Central differences of a float64 NumPy function, one entry at a time."""
+    """Returns central differences of a float64 NumPy function, one entry at a time."""
     arrays = [np.asarray(a, dtype=np.float64) for a in arrays]
     gradients = [np.zeros_like(a) for a in arrays]
     for array, gradient in zip(arrays, gradients, strict=True):

@@ -1,7 +1,7 @@
 """Attention on 8 virtual devices, for test_attention_jax.py: prints JSON.
 
-For every mesh: the largest relative difference to one device, and the collectives that the
-compiled program of output and gradients holds.
+For every mesh: the largest relative difference to one device, and the collectives of the compiled
+program of output and gradients.
 """
 
 import os
@@ -12,7 +12,8 @@ import functools
 import json
 
 from grug_keras import ops
-from grug_keras.ops.jax import attention as native
+from grug_keras.ops.jax.attention_on_mesh import run_on_mesh
+from grug_keras.ops.jax.splash_attention import splash_attention
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import keras
@@ -28,25 +29,32 @@ CALLS = {
     "dense": {"mask": np.tri(S, dtype=bool), "packed": False, "sinks": False},
     "splash": {"mask": ops.AttentionMask(), "packed": True, "sinks": True, "kernel": True},
 }
+# The calls on each mesh. How it splits heads and examples does not depend on the call: all of them
+# run on one mesh, and the two ways to split a mask with a batch that no mesh divides.
+BATCHES = {
+    8: {**{name: ["packed"] for name in MESHES}, "data and heads": list(CALLS)},
+    3: {"data and heads": ["packed", "dense"]},
+}
 
 
 def make_call(mask, packed, sinks, kernel=False):
-    """A compiled function of `(q, k, v, sinks, segment ids)`: output and gradients."""
+    """Returns a jitted function of `(q, k, v, sinks, segment ids)`: output and gradients."""
     run = ops.attention
     if kernel:  # as on a TPU, but interpreted
-        interpreted = functools.partial(native.splash_attention, interpret=True)
-        run = functools.partial(native.on_mesh, interpreted, scale=H**-0.5, logit_soft_cap=None)
+        interpreted = functools.partial(splash_attention, interpret=True)
+        run = functools.partial(run_on_mesh, interpreted, scale=H**-0.5, logit_soft_cap=None)
 
     def loss(arrays, ids):
         q, k, v, values = arrays
-        found = mask.with_segment_ids(ids) if packed else mask
-        out = run(q, k, v, found, sinks=values if sinks else None)
+        given = ops.plan_documents(mask.with_segment_ids(ids)) if packed else mask
+        out = run(q, k, v, given, sinks=values if sinks else None)
         return (out * np.cos(np.arange(out.size)).reshape(out.shape)).sum(), out
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def run(batch, mesh=None, shape=(1, 1)):
+def run(batch, calls, mesh=None, shape=(1, 1)):
+    """Returns {call: (results, collectives)}."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(batch, S, heads, H)).astype("float32") for heads in (N, K, K)]
     arrays.append(rng.normal(size=N).astype("float32"))
@@ -60,30 +68,31 @@ def run(batch, mesh=None, shape=(1, 1)):
         ]
         ids = jax.device_put(ids, NamedSharding(mesh, PartitionSpec(data)))
     results = {}
-    for name, options in CALLS.items():
-        call = make_call(**options).lower(arrays, ids).compile()
+    for name in calls:
+        call = make_call(**CALLS[name]).lower(arrays, ids).compile()
         results[name] = jax.tree.leaves(call(arrays, ids)), collectives(call)
     return results
 
 
 def main():
     report = {}
-    for batch in (8, 3):  # the second divides by no mesh
-        alone = run(batch)
-        for name, shape in MESHES.items():
+    for batch, meshes in BATCHES.items():
+        alone = run(batch, meshes["data and heads"])
+        for name, calls in meshes.items():
+            shape = MESHES[name]
             mesh = keras.distribution.DeviceMesh(shape, ("data", "model"))
             layouts = keras.distribution.LayoutMap(mesh)
             distribution = keras.distribution.ModelParallel(
                 layout_map=layouts, batch_dim_name="data"
             )
             with distribution.scope():
-                split = run(batch, mesh.backend_mesh, shape)
-            for call in CALLS:
+                split = run(batch, calls, mesh.backend_mesh, shape)
+            for call in calls:
                 pairs = zip(*(map(wide, r[call][0]) for r in (split, alone)), strict=True)
                 # An unused sink has gradients of 0.
                 error = max(np.linalg.norm(a - b) / max(1, np.linalg.norm(b)) for a, b in pairs)
-                found = split[call][1]
-                report[f"{name}, {call}, {batch}"] = {"error": float(error), **found}
+                row = {"error": float(error), **split[call][1]}
+                report[f"{name}, {call}, {batch}"] = row
     print(json.dumps(report))
 
 

@@ -27,29 +27,55 @@ def allowed(S, T, *, is_causal=True, window=None, segments=None):
 def attention(q, k, v, mask=None, *, sinks=None, cap=None, scale=None):
     """Softmax attention, one (batch, head, query) at a time."""
     q, k, v = (np.asarray(t, dtype=np.float64) for t in (q, k, v))
-    B, S, N, H = q.shape
-    T, K = k.shape[1:3]
-    scale = 1 / np.sqrt(H) if scale is None else scale
-    if mask is None:
-        mask = np.ones((S, T), dtype=bool)
-    mask = np.broadcast_to(mask, (B, S, T))
-    out = np.zeros((B, S, N, H))
-    for b in range(B):
-        for n in range(N):
-            head = n // (N // K)
-            for i in range(S):
-                keys = np.flatnonzero(mask[b, i])
-                if not len(keys):
-                    continue
-                logits = k[b, keys, head] @ q[b, i, n] * scale
-                if cap is not None:
-                    logits = cap * np.tanh(logits / cap)
-                extra = [] if sinks is None else [sinks[n]]
-                peak = max([*logits, *extra])
-                weights = np.exp(logits - peak)
-                total = weights.sum() + sum(np.exp(s - peak) for s in extra)
-                out[b, i, n] = weights @ v[b, keys, head] / total
+    out = np.zeros(q.shape)
+    for (b, n, i), keys, head in _rows(q, k, mask):
+        weights, *_ = _softmax(q[b, i, n], k[b, keys, head], _sink(sinks, n), cap, scale)
+        out[b, i, n] = weights @ v[b, keys, head]
     return out
+
+
+def attention_gradients(q, k, v, d_out, mask=None, *, sinks=None, cap=None, scale=None):
+    """Gradients of `sum(attention * d_out)` by q, k, v and, if there are any, the sinks."""
+    q, k, v, d_out = (np.asarray(t, dtype=np.float64) for t in (q, k, v, d_out))
+    d_q, d_k, d_v, d_sinks = (np.zeros(shape) for shape in (q.shape, k.shape, v.shape, q.shape[2]))
+    factor = 1 / np.sqrt(q.shape[3]) if scale is None else scale
+    for (b, n, i), keys, head in _rows(q, k, mask):
+        query, seen = q[b, i, n], k[b, keys, head]
+        weights, of_sink, slope = _softmax(query, seen, _sink(sinks, n), cap, scale)
+        d_weights = v[b, keys, head] @ d_out[b, i, n]
+        mean = weights @ d_weights
+        d_logits = factor * slope * weights * (d_weights - mean)
+        d_q[b, i, n] = d_logits @ seen
+        d_k[b, keys, head] += np.outer(d_logits, query)
+        d_v[b, keys, head] += np.outer(weights, d_out[b, i, n])
+        d_sinks[n] -= of_sink * mean
+    return [d_q, d_k, d_v] + ([] if sinks is None else [d_sinks])
+
+
+def _rows(q, k, mask):
+    """Every query that sees a key: (batch, head, query), the keys it sees, its key head."""
+    (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
+    mask = np.broadcast_to(True if mask is None else mask, (B, S, T))
+    for b, n, i in np.ndindex(B, N, S):
+        keys = np.flatnonzero(mask[b, i])
+        if len(keys):
+            yield (b, n, i), keys, n // (N // K)
+
+
+def _sink(sinks, n):
+    return -np.inf if sinks is None else sinks[n]
+
+
+def _softmax(query, keys, sink, cap, scale):
+    """Weights of the keys and of the sink, and the slope of the soft cap at each logit."""
+    logits = keys @ query * (1 / np.sqrt(len(query)) if scale is None else scale)
+    slope = 1.0
+    if cap is not None:
+        slope = 1 - np.tanh(logits / cap) ** 2
+        logits = cap * np.tanh(logits / cap)
+    exponentials = np.exp(np.append(logits, sink) - max(*logits, sink))
+    *weights, of_sink = exponentials / exponentials.sum()
+    return np.array(weights), of_sink, slope
 
 
 def cross_entropy(hidden, lm_head, labels, weights=None, *, z=0.0, smoothing=0.0, cap=None):

@@ -13,6 +13,8 @@ HERE = pathlib.Path(__file__).parent
 # What depends on the backend; all other files run on JAX alone.
 FILES = [
     "test_attention_torch.py",
+    "test_fused_loss_tensorflow.py",
+    "test_fused_loss_torch.py",
     "test_grugformer_attention.py",
     "test_grugformer_core.py",
     "test_grugformer_fused_loss.py",

@@ -1,9 +1,10 @@
-"""Attention by cuDNN: everything but its kernels, for which a dense emulation stands in.
+"""Attention by cuDNN: everything but its kernels, which a dense emulation replaces.
 
-What needs the kernels themselves runs where there is a Hopper GPU.
+The tests of the kernels themselves run where there is a Hopper GPU.
 """
 
 from grug_keras import ops
+from grug_keras.ops import attention_dispatch
 import keras
 import numpy as np
 import oracle
@@ -28,7 +29,7 @@ def qkv(length=S, dtype="float32"):
 
 
 def softmax(query, key, logsumexp, static):
-    """`(B, N, S, S)`: logits, or with a logsumexp what cuDNN's backward pass takes for weights."""
+    """Logits `(B, N, S, S)`, or with a logsumexp the weights of cuDNN's backward pass."""
     scale, is_causal, window = static
     logits = scale * jnp.einsum("bsnh,btnh->bnst", query, key.repeat(N // K, axis=2))
     rules = ops.AttentionMask(is_causal, window).materialize(*logits.shape[2:])
@@ -62,12 +63,15 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("sinks", [None, SINKS], ids=["no sinks", "sinks"])
-@pytest.mark.parametrize("name", MASKS)
-def test_gradients_with_a_sink_around_the_kernels(name, sinks, monkeypatch):
-    """The trick that JAX's own rule would get wrong: its logsumexp has no gradient."""
+@pytest.fixture
+def emulated_kernels(monkeypatch):
     monkeypatch.setattr(cudnn, "forward_kernel", emulated_forward)
     monkeypatch.setattr(cudnn, "backward_kernel", emulated_backward)
+
+
+@pytest.mark.parametrize(("name", "sinks"), [("full", None), ("causal", SINKS), ("window", SINKS)])
+def test_gradients_with_a_sink_around_the_kernels(name, sinks, emulated_kernels):
+    """JAX's own rule would get them wrong: its logsumexp has no gradient."""
 
     def results(attention):
         def loss(arrays, sinks):
@@ -83,22 +87,27 @@ def test_gradients_with_a_sink_around_the_kernels(name, sinks, monkeypatch):
     got, want = got[1:], want[1:]  # without the loss, whose terms cancel
     for x, y in zip(got, want, strict=True):
         assert oracle.relative_error(x, y) < 5e-6
+
+
+def test_a_second_derivative_is_refused(emulated_kernels):
+    def loss(q):
+        return cudnn.cudnn_attention(q, q, q, None).sum()
+
     with pytest.raises(NotImplementedError, match="attention can be differentiated once"):
-        jax.grad(lambda q: jax.grad(lambda q: cudnn.cudnn_attention(q, q, q, None).sum())(q).sum())(
-            qkv()[0]
-        )
+        jax.grad(lambda q: jax.grad(loss)(q).sum())(qkv()[0])
 
 
-def test_documents_in_the_terms_of_cudnn():
+def test_documents_as_cudnn_takes_them():
+    find_documents = jax.jit(cudnn.find_documents, static_argnums=1)
     ids = jnp.array([[3, 3, 3, 0, 5, 5, 0, 0], [1, 2, 2, 2, 2, 2, 2, 4]])
-    offsets, lengths, fits = cudnn.find_documents(ids, 4)
+    offsets, lengths, fits = find_documents(ids, 4)
     np.testing.assert_array_equal(offsets, [[0, 4, 6, -1, -1], [0, 1, 7, 8, -1]])
     np.testing.assert_array_equal(lengths, [[3, 2, -1, -1], [1, 6, 1, -1]])
     assert fits
-    assert cudnn.find_documents(ids, 3)[2]
-    assert not cudnn.find_documents(ids, 2)[2]  # more than there is room for
-    assert not cudnn.find_documents(jnp.array([[1, 1, 2, 1]]), 4)[2]  # a document in two parts
-    offsets, lengths, fits = cudnn.find_documents(jnp.zeros((1, 4), "int32"), 2)
+    assert find_documents(ids, 3)[2]
+    assert not find_documents(ids, 2)[2]  # more than there is room for
+    assert not find_documents(jnp.array([[1, 1, 2, 1]]), 4)[2]  # a document in two parts
+    offsets, lengths, fits = find_documents(jnp.zeros((1, 4), "int32"), 2)
     assert (offsets.tolist(), lengths.tolist(), bool(fits)) == ([[0, -1, -1]], [[-1, -1]], True)
 
 
@@ -120,6 +129,22 @@ def test_what_cudnn_cannot_do_exactly_has_a_reason(change, message):
         mask = mask.with_segment_ids(jnp.ones((2, S), "int32"))
     assert cudnn.why_not_cudnn(*arrays, ops.AttentionMask()) is None or arrays[0].dtype == "float32"
     assert message.split(".*")[0] in cudnn.why_not_cudnn(*arrays, mask, **change)
+
+
+def test_the_choice_on_a_gpu_that_has_the_kernels(monkeypatch):
+    """What `jax.nn` does in public; not sinks and documents, which no GPU has run for us."""
+    monkeypatch.setattr(attention_dispatch, "why_no_cudnn", lambda: None)
+
+    def choice(dtype="bfloat16", mask=None, sinks=None, logit_soft_cap=None):
+        x = jax.ShapeDtypeStruct((1, 512, 2, 64), dtype)
+        return attention_dispatch.choose(x, x, x, mask, sinks, logit_soft_cap)
+
+    causal = ops.AttentionMask(sliding_window=7)
+    assert choice() is choice(mask=causal) is choice("float16") is attention_dispatch.cudnn
+    packed = causal.with_segment_ids(np.ones((1, 512), "int32"))
+    others = ({"dtype": "float32"}, {"mask": packed}, {"sinks": SINKS}, {"logit_soft_cap": 5.0})
+    for change in others:
+        assert choice(**change) is attention_dispatch.splash_on_tpu
 
 
 @pytest.mark.skipif(NO_GPU is None, reason="there is a GPU")

@@ -10,7 +10,7 @@ import pytest
 if keras.config.backend() != "torch":
     pytest.skip("PyTorch's own kernels", allow_module_level=True)
 
-from grug_keras.ops.torch import attention as native
+from grug_keras.ops import attention_dispatch
 from grug_keras.ops.torch.flex_attention import BLOCK, block_mask, flex
 import torch
 
@@ -66,32 +66,46 @@ def test_sdpa_refuses_what_it_cannot_compute(arguments, message):
         ops.attention(*qkv(), implementation="sdpa", **arguments)
 
 
+def choice(mask, dtype=torch.float32, **call):
+    """Returns the name of the implementation that a call without one runs."""
+    q, k, v = (torch.as_tensor(a) for a in qkv())
+    if isinstance(mask, np.ndarray):
+        mask = torch.as_tensor(mask)
+    call = {"sinks": None, "logit_soft_cap": None, **call}
+    return attention_dispatch.choose(q.to(dtype), k, v, mask, **call).__name__
+
+
 @cpu_only
 def test_what_runs_on_a_cpu(monkeypatch):
     """`sdpa` where it can, blocks elsewhere; FlexAttention says why not."""
-    ran = []
-    for name, (function, probe) in list(native.IMPLEMENTATIONS.items()):
-
-        def spy(*arrays, name=name, function=function, **options):
-            ran.append(name)
-            return function(*arrays, **options)
-
-        monkeypatch.setitem(native.IMPLEMENTATIONS, name, (spy, probe))
-    arrays = qkv()
-    ops.attention(*arrays, MASKS["causal"])
-    ops.attention(*arrays, np.ones((S, T), bool))
-    ops.attention(*arrays, MASKS["packed"])
-    monkeypatch.setattr(native, "MOST_PAIRS", S * T - 1)
-    ops.attention(*arrays, MASKS["packed"])
-    ops.attention(*arrays, MASKS["causal"], sinks=np.zeros(N, "float32"))
-    assert ran == ["sdpa", "sdpa", "sdpa", "blockwise", "blockwise"]
+    dense = np.ones((S, T), bool)
+    assert [choice(mask) for mask in (MASKS["causal"], dense, MASKS["packed"])] == ["sdpa"] * 3
+    assert choice(MASKS["causal"], sinks=SINKS) == "blockwise"
+    assert choice(MASKS["causal"], logit_soft_cap=5.0) == "blockwise"
+    assert choice(MASKS["causal"], torch.bfloat16) == "blockwise"
+    monkeypatch.setattr(attention_dispatch, "MOST_PAIRS", S * T - 1)
+    assert choice(MASKS["packed"]) == "blockwise"
+    assert choice(MASKS["causal"]) == choice(dense) == "sdpa"
     with pytest.raises(ValueError, match="'flex' cannot run here: .* no CUDA device"):
-        ops.attention(*arrays, implementation="flex")
-    mixed = [
-        torch.as_tensor(a).to(d) for a, d in zip(arrays, (torch.bfloat16, None, None), strict=True)
-    ]
-    out = ops.attention(*mixed, MASKS["causal"])
-    assert (ran[-1], out.dtype) == ("blockwise", torch.float32)
+        ops.attention(*qkv(), implementation="flex")
+    mixed = zip(qkv(), (torch.bfloat16, None, None), strict=True)
+    out = ops.attention(*(torch.as_tensor(a).to(dtype) for a, dtype in mixed), MASKS["causal"])
+    assert out.dtype == torch.float32
+
+
+@cpu_only
+def test_what_would_run_on_a_gpu(monkeypatch):
+    """`flex` for a window, documents, sinks and soft caps."""
+    monkeypatch.setattr(attention_dispatch, "why_no_flex", lambda: None)
+    monkeypatch.setattr(attention_dispatch, "flex_takes", lambda *_: True)
+    assert choice(MASKS["causal"]) == choice(None) == choice(np.ones((S, T), bool)) == "sdpa"
+    assert choice(MASKS["packed"]) == choice(MASKS["window"]) == "flex"
+    assert choice(MASKS["causal"], sinks=SINKS) == choice(None, logit_soft_cap=5.0) == "flex"
+
+
+@cpu_only
+def test_no_plan_is_made_where_flex_cannot_run():
+    assert ops.plan_documents(MASKS["packed"]) is MASKS["packed"]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +135,7 @@ def test_wide_ids_stay_apart(dtype):
 
 
 @cpu_only
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", MASKS)
 def test_flex_computes_the_same_function(name):
     """Its forward pass, which PyTorch can run on a CPU; the gradients need a GPU."""

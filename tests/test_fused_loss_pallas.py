@@ -1,5 +1,6 @@
-"""The Pallas kernels of the fused loss: interpreted, looked through for races, compiled for TPU."""
+"""The Pallas kernels of the fused loss: interpreted, checked for races, compiled for TPUs."""
 
+import functools
 import importlib
 import json
 import pathlib
@@ -27,7 +28,7 @@ T, D, V = 200, 64, 300  # two chunks of 128 rows, three tiles of 128 columns, bo
 
 
 def arrays(peak=1.0):
-    """bfloat16 hidden rows and head, labels at the edges of tiles, weights; some rows count not."""
+    """bfloat16 hidden rows and head, labels at the edges of tiles, and weights, two of them 0."""
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(peak * rng.normal(size=(T, D)) / 8, jnp.bfloat16)
     lm_head = jnp.asarray(rng.normal(size=(D, V)), jnp.bfloat16)
@@ -56,19 +57,24 @@ def narrow_tiles(monkeypatch):
     monkeypatch.setattr(kernels, "NARROWEST_TILE", 128)
 
 
+@functools.cache
+def program(**options):
+    """A function of `(hidden, lm_head, labels, weights)`: `((sum, statistics), gradients)`."""
+    options = {"implementation": "pallas", "reduction": "sum", "chunk_size": 100, **options}
+
+    def loss(hidden, lm_head, labels, weights):
+        return ops.fused_linear_cross_entropy(
+            hidden, lm_head, labels, weights=weights, return_statistics=True, **options
+        )
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+
+
 @pytest.mark.parametrize("peak", [1.0, 6.0])
 @pytest.mark.parametrize("options", [{}, {"z_loss": 1e-2, "label_smoothing": 0.1}], ids=str)
 def test_interpreted_kernels_equal_float64(peak, options, narrow_tiles):
     hidden, lm_head, labels, weights = arrays(peak)
-
-    def loss(hidden, lm_head):
-        return ops.fused_linear_cross_entropy(
-            hidden, lm_head, labels, weights=weights, implementation="pallas", chunk_size=100,
-            reduction="sum", return_statistics=True, **options,
-        )  # fmt: skip
-
-    call = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-    (value, statistics), gradients = call(hidden, lm_head)
+    (value, statistics), gradients = program(**options)(hidden, lm_head, labels, weights)
     names = {"z_loss": "z", "label_smoothing": "smoothing"}
     wide = float64(hidden, lm_head)
     losses, *want = oracle.cross_entropy(
@@ -105,13 +111,7 @@ def test_large_logits_and_columns_that_are_padding(narrow_tiles):
     for scale, shift in ((1.0, -20.0), (1e3, 0.0)):
         rows = jnp.concatenate([scale * hidden, jnp.ones((T, 1), "bfloat16")], axis=1)
         head = jnp.concatenate([lm_head, jnp.full((1, V), shift, "bfloat16")])
-
-        def loss(rows, head):
-            return ops.fused_linear_cross_entropy(
-                rows, head, labels, weights=weights, implementation="pallas", reduction="sum"
-            )
-
-        value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(rows, head)
+        (value, _), gradients = program()(rows, head, labels, weights)
         losses, *want = oracle.cross_entropy(*float64(rows, head), labels, weights)
         assert float(value) == pytest.approx(losses.sum(), rel=1e-6)
         # Not of the feature that shifts all logits: it has a gradient of 0, but for rounding.
@@ -120,7 +120,7 @@ def test_large_logits_and_columns_that_are_padding(narrow_tiles):
 
 
 def races_found():
-    """Whether the interpreter has seen a race. It says so in a private place, which moves."""
+    """Returns whether the interpreter has seen a race, from a private place, which moves."""
     place = "jax._src.pallas.mosaic.interpret"
     try:
         return importlib.import_module(f"{place}.interpret_pallas_call").races.races_found
@@ -134,16 +134,17 @@ if not hasattr(pltpu.InterpretParams, cores):  # JAX 0.7
 LOOK_FOR_RACES = pltpu.InterpretParams(detect_races=True, **{cores: 2})
 
 
+@pytest.mark.slow
 def test_no_race_in_two_chunks_that_add_to_one_gradient():
     hidden, lm_head, labels, weights = arrays()
     head = jnp.pad(lm_head, ((0, 0), (0, 84)))
     d_head, d_rows = jnp.zeros(head.shape), []
+    call = {"lm_head": head, "num_columns": V, "columns": Columns(V), "options": LossOptions()}
     for start in (0, 16):
-        chunk = (a[start : start + 16] for a in (hidden, jnp.asarray(labels), weights))
+        chunk = tuple(a[start : start + 16] for a in (hidden, jnp.asarray(labels), weights))
         d_head, (_, part) = kernels.chunk_gradients(
-            d_head, tuple(chunk), lm_head=head, num_columns=V, options=LossOptions(),
-            columns=Columns(V), tile=128, interpret=LOOK_FOR_RACES,
-        )  # fmt: skip
+            d_head, chunk, tile=128, interpret=LOOK_FOR_RACES, **call
+        )
         assert not races_found()
         d_rows.append(part)
     wide = float64(hidden[:32], lm_head)
@@ -151,8 +152,9 @@ def test_no_race_in_two_chunks_that_add_to_one_gradient():
     assert_gradients((jnp.concatenate(d_rows), d_head[:, :V]), want)
 
 
+@pytest.mark.slow
 def test_a_race_would_be_found():
-    """Two cores that add to one block, which is what the kernels' steps must not do."""
+    """Two cores that add to one block, which the steps of the kernels must not do."""
 
     def kernel(x, total):
         total[...] += x[...]
@@ -236,6 +238,7 @@ def compiled():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["v6e", "tpu7x"])
 def test_kernels_beat_what_xla_makes(compiled, kind):
     """By the compiler's own count of cycles: that is why they are kept."""
@@ -244,6 +247,7 @@ def test_kernels_beat_what_xla_makes(compiled, kind):
     assert ours["temporary"] < theirs["temporary"]
 
 
+@pytest.mark.slow
 def test_cycles_keep_their_budget(compiled):
     budgets = json.loads((HERE / "tpu_kernels.json").read_text())
     if compiled["libtpu"] != budgets["libtpu"]:

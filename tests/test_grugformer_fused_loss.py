@@ -1,6 +1,8 @@
 """Fused linear cross-entropy against float64, in value, gradient and memory."""
 
-from gradients import second_derivative, value_and_gradients
+import functools
+
+from gradients import differentiated, second_derivative, value_and_gradients
 from grug_keras import ops
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -10,11 +12,13 @@ import oracle
 import pytest
 
 to_numpy = keras.ops.convert_to_numpy
+BACKEND = keras.config.backend()
 IMPLEMENTATIONS = [
     name
     for name, status in ops.implementations("fused_linear_cross_entropy").items()
     if status == "available" and name != "pallas"  # bfloat16 alone: test_fused_loss_pallas.py
 ]
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 OPTIONS = {
     "plain": {},
     "z-loss": {"z_loss": 1e-2},
@@ -25,48 +29,113 @@ OPTIONS = {
 ORACLE_NAMES = {"z_loss": "z", "label_smoothing": "smoothing", "logit_soft_cap": "cap"}
 
 
+# On JAX a compile takes a second: there the token chunks, which train, go first.
+EVERY_CALL = [
+    pytest.param(i, name, marks=[pytest.mark.slow] * is_slow)
+    for i in IMPLEMENTATIONS
+    for name in OPTIONS
+    for is_slow in [BACKEND == "jax" and i != "chunked" and name not in ("plain", "all")]
+]
+EAGER = [
+    pytest.param(i, marks=[pytest.mark.slow] * (BACKEND == "jax" and i != "chunked"))
+    for i in IMPLEMENTATIONS
+]
+
+
 def fused(*arrays, implementation="chunked", **options):
     """Chunks of four: 31 tokens need eight, 37 columns ten, the last ones ragged."""
     options = {"chunk_size": 4, "implementation": implementation, **options}
     return ops.fused_linear_cross_entropy(*arrays, **options)
 
 
+@functools.cache
+def program(implementation="chunked", dtype="float32", compiled=True, **options):
+    """Returns a function of `(hidden, lm_head, labels, weights)`: loss, statistics, gradients.
+
+    One for all tests, so that each compiles once. What is differentiated is the loss plus the
+    statistics, which must have no gradient.
+    """
+    options = {"implementation": implementation, "return_statistics": True, **options}
+
+    def total(hidden, lm_head, weights, labels):
+        hidden, lm_head = (keras.ops.cast(a, dtype) for a in (hidden, lm_head))
+        loss, statistics = fused(hidden, lm_head, labels, weights=weights, **options)
+        constant = keras.ops.sum(statistics.losses) + keras.ops.sum(statistics.logsumexp)
+        return loss + constant, (loss, *statistics)
+
+    run = differentiated(total, 3, compiled)
+
+    def on_arrays(hidden, lm_head, labels, weights):
+        _, (loss, *statistics), gradients = run(hidden, lm_head, weights, labels)
+        return loss, statistics, gradients
+
+    return on_arrays
+
+
 def batch(rng, T=31, D=8, V=37, scale=1.0, pin=True):
     hidden = scale * rng.normal(size=(T, D)).astype("float32")
     lm_head = rng.normal(size=(D, V)).astype("float32")
-    labels = rng.integers(0, V, T).astype("int32")
-    weights = rng.uniform(0.5, 2.0, T).astype("float32")
+    labels, weights = rng.integers(0, V, T).astype("int32"), rng.uniform(0.5, 2.0, T)
     if pin:
         labels[:2] = 0, V - 1
-        weights[3] = 0
-    return hidden, lm_head, labels, weights
+        weights[3:5] = 0
+    return hidden, lm_head, labels, weights.astype("float32")
 
 
 def truth(hidden, lm_head, labels, weights, reduction="mean", **options):
+    """Returns the loss and its gradients by hidden, lm_head and weights, in float64."""
     options = {ORACLE_NAMES[name]: value for name, value in options.items()}
     losses, d_hidden, d_head = oracle.cross_entropy(hidden, lm_head, labels, weights, **options)
-    divisor = np.asarray(weights, np.float64).sum() if reduction == "mean" else 1.0
-    return losses.sum() / divisor, d_hidden / divisor, d_head / divisor
+    counted = np.asarray(weights) != 0
+    per_token, *_ = oracle.cross_entropy(hidden, lm_head, labels, counted, **options)
+    divisor, mean = 1.0, 0.0
+    if reduction == "mean":
+        divisor = np.asarray(weights, np.float64).sum()
+        mean = losses.sum() / divisor
+    d_weights = np.where(counted, per_token - mean, 0) / divisor
+    return losses.sum() / divisor, (d_hidden / divisor, d_head / divisor, d_weights)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("compiled", [False, True])
-def test_loss_and_gradients_equal_float64(implementation, name, compiled, rng):
+def assert_gradients(got, want, limit=2e-6):
+    for g, w in zip(got, want, strict=True):
+        assert oracle.relative_error(g, w) < limit
+
+
+def check_loss(run, rng, **options):
+    """Checks loss, statistics and gradients, with garbage where the weight is 0."""
     hidden, lm_head, labels, weights = batch(rng)
-    options = OPTIONS[name]
+    hidden[3], hidden[4], labels[3] = np.nan, np.inf, -100
+    loss, (losses, logsumexp, argmax), gradients = run(hidden, lm_head, labels, weights)
+    want, want_gradients = truth(hidden, lm_head, labels, weights, **options)
+    assert float(loss) == pytest.approx(want, rel=1e-6)
+    assert_gradients(gradients[:2], want_gradients[:2])
+    assert oracle.relative_error(gradients[2], want_gradients[2]) < 1e-5  # differences of losses
+    assert np.all(gradients[0][3:5] == 0)
+    counted = weights != 0
+    names = {ORACLE_NAMES[name]: value for name, value in options.items()}
+    want_losses, *_ = oracle.cross_entropy(hidden, lm_head, labels, counted, **names)
+    logits = np.where(counted[:, None], hidden, 0).astype("float64") @ lm_head
+    if cap := options.get("logit_soft_cap"):
+        logits = cap * np.tanh(logits / cap)
+    want_logsumexp = np.where(counted, np.log(np.exp(logits).sum(-1)), 0)
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(logsumexp, want_logsumexp, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(argmax, np.where(counted, logits.argmax(-1), 0))
+    assert [a.dtype for a in (losses, logsumexp, argmax)] == ["float32", "float32", "int32"]
 
-    def ours(hidden, lm_head):
-        return fused(
-            hidden, lm_head, labels, weights=weights, implementation=implementation, **options
-        )
 
-    value, gradients = value_and_gradients(ours, hidden, lm_head, compiled=compiled)
-    want_value, *want = truth(hidden, lm_head, labels, weights, **options)
-    assert float(value) == pytest.approx(want_value, rel=1e-6)
-    for got, expected in zip(gradients, want, strict=True):
-        assert oracle.relative_error(got, expected) < 2e-6
-    assert np.all(gradients[0][3] == 0)
+@pytest.mark.parametrize(("implementation", "name"), EVERY_CALL)
+def test_loss_statistics_and_gradients_equal_float64(implementation, name, rng):
+    """Nan, inf and a wrong label where the weight is 0 are exactly nothing.
+
+    The gradient of a weight is what a learnt weighting of tokens needs.
+    """
+    check_loss(program(implementation, **OPTIONS[name]), rng, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("implementation", EAGER)
+def test_eager_calls_equal_float64(implementation, rng):
+    check_loss(program(implementation, compiled=False, **OPTIONS["all"]), rng, **OPTIONS["all"])
 
 
 @pytest.mark.parametrize("peak", [1.0, 6.0])
@@ -78,101 +147,64 @@ def test_bfloat16_inputs_keep_float32_logits(peak, rng):
         to_numpy(keras.ops.cast(keras.ops.cast(a, "bfloat16"), "float32"))
         for a in (hidden, lm_head)
     ]
-
-    def ours(hidden, lm_head):
-        hidden, lm_head = (keras.ops.cast(a, "bfloat16") for a in (hidden, lm_head))
-        return fused(hidden, lm_head, labels, weights=weights)
-
-    value, gradients = value_and_gradients(ours, *rounded)
-    want_value, *want = truth(*rounded, labels, weights)
-    assert float(value) == pytest.approx(want_value, rel=1e-5)
-    for got, expected in zip(gradients, want, strict=True):
-        assert oracle.relative_error(got, expected) < 3e-3
+    value, _, gradients = program(dtype="bfloat16")(*rounded, labels, weights)
+    want, want_gradients = truth(*rounded, labels, weights)
+    assert float(value) == pytest.approx(want, rel=1e-5)
+    assert_gradients(gradients[:2], want_gradients[:2], 3e-3)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_reductions(implementation, rng):
-    hidden, lm_head, labels, weights = batch(rng)
-    arguments = {"weights": weights, "implementation": implementation}
-    losses, d_hidden, d_head = oracle.cross_entropy(hidden, lm_head, labels, weights)
-
-    def reduced(reduction, *arrays):
-        return fused(*arrays, labels, reduction=reduction, **arguments)
-
-    per_token = to_numpy(reduced("none", hidden, lm_head))
-    assert per_token.shape == labels.shape
-    assert oracle.relative_error(per_token, losses) < 2e-6
-    assert float(reduced("sum", hidden, lm_head)) == pytest.approx(losses.sum(), rel=1e-6)
-    _, gradients = value_and_gradients(lambda *a: reduced("sum", *a), hidden, lm_head)
-    assert oracle.relative_error(gradients[1], d_head) < 2e-6
-    # a different upstream gradient for every position
-    upstream = rng.normal(size=31).astype("float32")
-    _, gradients = value_and_gradients(
-        lambda *a: keras.ops.sum(keras.ops.multiply(reduced("none", *a), upstream)), hidden, lm_head
-    )
-    assert oracle.relative_error(gradients[0], d_hidden * upstream[:, None]) < 2e-6
+@each_implementation
+def test_sums_equal_float64(implementation, rng):
+    arrays = batch(rng)
+    value, _, gradients = program(implementation, reduction="sum")(*arrays)
+    want, want_gradients = truth(*arrays, reduction="sum")
+    assert float(value) == pytest.approx(want, rel=1e-6)
+    assert_gradients(gradients, want_gradients)
 
 
-def test_leading_axes_are_free(rng):
-    hidden, lm_head, labels, _ = batch(rng, T=30)
-    flat = fused(hidden, lm_head, labels, reduction="none")
-    shaped = fused(hidden.reshape(2, 3, 5, 8), lm_head, labels.reshape(2, 3, 5), reduction="none")
-    assert tuple(shaped.shape) == (2, 3, 5)
-    np.testing.assert_allclose(to_numpy(shaped).reshape(-1), to_numpy(flat), rtol=1e-6)
+@each_implementation
+def test_losses_of_tokens_take_any_leading_axes_and_any_cotangent(implementation, rng):
+    hidden, lm_head, labels, weights = batch(rng, T=30)
+    upstream = rng.normal(size=30).astype("float32")
+    shape = (2, 3, 5)
+    labels, weights, upstream = (a.reshape(shape) for a in (labels, weights, upstream))
+    options = {"weights": weights, "reduction": "none", "implementation": implementation}
+
+    def loss(hidden, lm_head):
+        losses = fused(hidden, lm_head, labels, **options)
+        return keras.ops.sum(keras.ops.multiply(losses, upstream)), (losses,)
+
+    run = differentiated(loss, 2)
+    _, (losses,), (d_hidden, d_head) = run(hidden.reshape(*shape, 8), lm_head)
+    tokens = hidden, lm_head, labels.reshape(-1)
+    want, *_ = oracle.cross_entropy(*tokens, weights.reshape(-1))
+    assert oracle.relative_error(losses, want.reshape(shape)) < 2e-6
+    _, *want = oracle.cross_entropy(*tokens, (weights * upstream).reshape(-1))
+    assert_gradients((d_hidden.reshape(30, 8), d_head), want)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("garbage", [np.nan, np.inf])
-def test_weight_zero_is_exactly_nothing(implementation, garbage, rng):
-    hidden, lm_head, labels, weights = batch(rng)
-    clean_value, clean = value_and_gradients(
-        lambda *a: fused(*a, labels, weights=weights), hidden, lm_head
-    )
-    hidden[3] = garbage
-    labels[3] = -100
-
-    def ours(hidden, lm_head):
-        return fused(hidden, lm_head, labels, weights=weights, implementation=implementation)
-
-    value, gradients = value_and_gradients(ours, hidden, lm_head)
-    assert float(value) == pytest.approx(float(clean_value), rel=1e-6)
-    assert np.all(gradients[0][3] == 0)
-    np.testing.assert_allclose(gradients[1], clean[1], rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_all_weights_zero_is_zero(implementation, rng):
-    hidden, lm_head, labels, _ = batch(rng)
-    value, gradients = value_and_gradients(
-        lambda *a: fused(
-            *a, labels, weights=np.zeros(31, "float32"), implementation=implementation
-        ),
-        hidden,
-        lm_head,
-    )
+    hidden, lm_head, labels, weights = batch(rng)
+    value, _, gradients = program(implementation)(hidden, lm_head, labels, 0 * weights)
     assert value == 0
     assert all(np.all(g == 0) for g in gradients)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_huge_logits_stay_finite(implementation, rng):
-    hidden, lm_head, labels, weights = batch(rng, scale=1e4)
-    value, gradients = value_and_gradients(
-        lambda *a: fused(*a, labels, weights=weights, implementation=implementation),
-        hidden,
-        lm_head,
-    )
-    assert np.isfinite(value)
+    arrays = batch(rng, scale=1e4)
+    value, _, gradients = program(implementation)(*arrays)
     assert all(np.all(np.isfinite(g)) for g in gradients)
-    assert float(value) == pytest.approx(truth(hidden, lm_head, labels, weights)[0], rel=1e-5)
+    assert float(value) == pytest.approx(truth(*arrays)[0], rel=1e-5)
 
 
 def test_vocabulary_order_does_not_matter(rng):
     hidden, lm_head, labels, weights = batch(rng)
     order = rng.permutation(37)
     moved = np.argsort(order)[labels].astype("int32")
-    a = fused(hidden, lm_head, labels, weights=weights)
-    b = fused(hidden, lm_head[:, order], moved, weights=weights)
+    a, *_ = program()(hidden, lm_head, labels, weights)
+    b, *_ = program()(hidden, lm_head[:, order], moved, weights)
     assert float(a) == pytest.approx(float(b), rel=1e-6)
 
 
@@ -212,25 +244,26 @@ def test_byte_labels_stay_labels(vocab_size, rng):
     assert float(narrow) == float(wide)
 
 
-@pytest.mark.parametrize("on_host", [False, True])
+# JAX has no 64-bit integers unless it is asked for them.
+@pytest.mark.parametrize("on_host", [True] if BACKEND == "jax" else [False, True])
 def test_a_label_beyond_32_bits_is_out_of_range(on_host, rng):
     hidden, lm_head, labels, _ = batch(rng)
     labels = labels.astype("int64") + (np.arange(31) == 5) * 2**32
-    if not on_host:
-        if keras.config.backend() == "jax":
-            pytest.skip("JAX has no 64-bit integers unless asked for")
-        labels = keras.ops.convert_to_tensor(labels)
+    labels = labels if on_host else keras.ops.convert_to_tensor(labels)
     weights = keras.ops.ones(31)
-    _, found = fused(hidden, lm_head, labels, weights=weights, return_statistics=True)
-    assert np.isnan(to_numpy(found.losses)).tolist() == [t == 5 for t in range(31)]
+    _, statistics = fused(hidden, lm_head, labels, weights=weights, return_statistics=True)
+    assert np.isnan(to_numpy(statistics.losses)).tolist() == [t == 5 for t in range(31)]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_gradient_to_one_operand_alone(implementation, rng):
+@pytest.mark.parametrize(
+    "implementation",
+    IMPLEMENTATIONS if BACKEND == "torch" else ["chunked"],  # only there one may not be wanted
+)
+def test_a_gradient_of_one_operand_alone(implementation, rng):
     """A frozen head under LoRA, or a probe on frozen features."""
     hidden, lm_head, labels, weights = batch(rng)
     arguments = {"weights": weights, "implementation": implementation}
-    _, want_hidden, want_head = truth(hidden, lm_head, labels, weights)
+    _, (want_hidden, want_head, _) = truth(hidden, lm_head, labels, weights)
     _, (got,) = value_and_gradients(lambda h: fused(h, lm_head, labels, **arguments), hidden)
     assert oracle.relative_error(got, want_hidden) < 2e-6
     _, (got,) = value_and_gradients(lambda w: fused(hidden, w, labels, **arguments), lm_head)
@@ -238,149 +271,56 @@ def test_a_gradient_to_one_operand_alone(implementation, rng):
 
 
 def test_an_unchecked_label_out_of_range_gives_nan(rng):
-    hidden, lm_head, labels, _ = batch(rng)
-    labels = keras.ops.convert_to_tensor(np.where(np.arange(31) == 5, 37, labels))
-    loss, found = fused(hidden, lm_head, labels, return_statistics=True)
+    hidden, lm_head, labels, weights = batch(rng)
+    labels[5] = 37
+    loss, (losses, *_), _ = program()(hidden, lm_head, labels, weights)
     assert np.isnan(float(loss))
-    assert np.isnan(to_numpy(found.losses)).tolist() == [t == 5 for t in range(31)]
+    assert np.isnan(losses).tolist() == [t == 5 for t in range(31)]
 
 
-@settings(deadline=None, max_examples=15, phases=set(Phase) - {Phase.shrink})  # a new compile each
-@given(
-    T=st.integers(1, 40),
-    V=st.integers(2, 50),
-    chunk_size=st.integers(1, 64),
-    implementation=st.sampled_from(IMPLEMENTATIONS),
-    options=st.sampled_from(list(OPTIONS.values())),
-    seed=st.integers(0, 2**16),
-)
-def test_any_shape_and_any_chunk(T, V, chunk_size, implementation, options, seed):
+EXAMPLES = {"deadline": None, "phases": set(Phase) - {Phase.shrink}, "derandomize": True}
+ANY_CALL = {
+    "T": st.integers(1, 40),
+    "V": st.integers(2, 50),
+    "chunk_size": st.integers(1, 64),
+    "implementation": st.sampled_from(IMPLEMENTATIONS),
+    "options": st.sampled_from(list(OPTIONS.values())),
+    "seed": st.integers(0, 2**16),
+}
+
+
+def check_any_call(T, V, chunk_size, implementation, options, seed):
     """Logits near -20: a column of padding, at 0, would win every row."""
     rng = np.random.default_rng(seed)
     if "logit_soft_cap" in options:  # 3 would cap -20 flat, where float32 knows no slope
         options = {**options, "logit_soft_cap": 30.0}
     hidden, lm_head, labels, weights = batch(rng, T=T, V=V, D=4, pin=False)
     hidden[:, 0], lm_head[0] = 1.0, -20.0
+    call = {"weights": weights, "reduction": "sum", "chunk_size": chunk_size, **options}
 
     def ours(hidden, lm_head):
-        return fused(
-            hidden,
-            lm_head,
-            labels,
-            weights=weights,
-            reduction="sum",
-            chunk_size=chunk_size,
-            implementation=implementation,
-            **options,
-        )
+        return fused(hidden, lm_head, labels, implementation=implementation, **call)
 
     value, gradients = value_and_gradients(ours, hidden, lm_head)
-    want_value, *want = truth(hidden, lm_head, labels, weights, "sum", **options)
+    want, want_gradients = truth(hidden, lm_head, labels, weights, "sum", **options)
     # A loss is a difference of two numbers near 20.
-    assert abs(float(value) - want_value) < 1e-6 * (abs(want_value) + 2 * weights.sum())
+    assert abs(float(value) - want) < 1e-6 * (abs(want) + 2 * weights.sum())
     # Logits and logsumexp near 20 are rounded by 1e-6, and with few columns most of a
     # gradient, probability less one at the label, cancels.
-    for got, expected in zip(gradients, want, strict=True):
-        assert oracle.relative_error(got, expected) < 3e-5
+    assert_gradients(gradients, want_gradients[:2], 3e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_statistics_are_those_of_the_logits(implementation, rng):
-    hidden, lm_head, labels, weights = batch(rng)
-    loss, found = fused(
-        hidden,
-        lm_head,
-        labels,
-        weights=weights,
-        return_statistics=True,
-        implementation=implementation,
-    )
-    assert float(loss) == pytest.approx(truth(hidden, lm_head, labels, weights)[0], rel=1e-6)
-    logits = hidden.astype("float64") @ lm_head.astype("float64")
-    lse = np.log(np.exp(logits).sum(-1))
-    counted = weights != 0
-    want = {
-        "losses": lse - logits[np.arange(31), labels],
-        "logsumexp": lse,
-        "argmax": logits.argmax(-1),
-    }
-    for name, values in want.items():
-        got = to_numpy(getattr(found, name))
-        assert got.dtype == ("int32" if name == "argmax" else "float32")
-        np.testing.assert_allclose(got, np.where(counted, values, 0), rtol=1e-5, atol=1e-6)
+@settings(max_examples=3, **EXAMPLES)
+@given(**ANY_CALL)
+def test_some_shapes_and_chunks(**call):
+    check_any_call(**call)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_statistics_have_no_gradient(implementation, rng):
-    hidden, lm_head, labels, _ = batch(rng)
-
-    def with_statistics(hidden, lm_head):
-        loss, found = fused(
-            hidden, lm_head, labels, return_statistics=True, implementation=implementation
-        )
-        return loss + keras.ops.sum(found.losses) + keras.ops.sum(found.logsumexp)
-
-    _, got = value_and_gradients(with_statistics, hidden, lm_head)
-    _, want = value_and_gradients(lambda *a: fused(*a, labels), hidden, lm_head)
-    for a, b in zip(got, want, strict=True):
-        assert oracle.relative_error(a, b) < 1e-6
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_weights_have_gradients(implementation, rng):
-    """d(mean)/dw = (loss - mean) / sum(w): what a learnt weighting of tokens needs."""
-    hidden, lm_head, labels, weights = batch(rng)
-    _, (gradient,) = value_and_gradients(
-        lambda w: fused(hidden, lm_head, labels, weights=w, implementation=implementation), weights
-    )
-    losses, *_ = oracle.cross_entropy(hidden, lm_head, labels)
-    mean = (weights * losses).sum() / weights.sum()
-    want = np.where(weights != 0, (losses - mean) / weights.sum(), 0)
-    assert oracle.relative_error(gradient, want) < 1e-5
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_limits_of_the_options_are_the_plain_loss(implementation, rng):
-    hidden, lm_head, labels, weights = batch(rng)
-    arguments = {"weights": weights, "implementation": implementation}
-
-    def gradients(**limit):
-        return value_and_gradients(
-            lambda *a: fused(*a, labels, **arguments, **limit), hidden, lm_head
-        )
-
-    plain_value, plain = gradients()
-    for limit in ({"logit_soft_cap": 1e6}, {"z_loss": 0.0}, {"label_smoothing": 0.0}):
-        value, got = gradients(**limit)
-        assert float(value) == pytest.approx(float(plain_value), rel=1e-5)
-        for a, b in zip(got, plain, strict=True):
-            assert oracle.relative_error(a, b) < 1e-4
-
-
-def test_gradients_of_the_logits_sum_to_zero(rng):
-    """A shift of all logits of a row changes nothing, so a constant column of the head has
-    no gradient along it: the rows of d_head sum to zero."""
-    hidden, lm_head, labels, weights = batch(rng)
-    _, gradients = value_and_gradients(
-        lambda *a: fused(*a, labels, weights=weights), hidden, lm_head
-    )
-    assert np.abs(gradients[1].sum(axis=1)).max() < 1e-6
-
-
-def test_double_weights_double_the_sum(rng):
-    hidden, lm_head, labels, weights = batch(rng)
-
-    def total(scale):
-        return value_and_gradients(
-            lambda *a: fused(*a, labels, weights=scale * weights, reduction="sum"),
-            hidden,
-            lm_head,
-        )
-
-    (one, ones), (two, twos) = total(1), total(2)
-    assert float(two) == pytest.approx(2 * float(one), rel=1e-6)
-    for a, b in zip(ones, twos, strict=True):
-        np.testing.assert_allclose(2 * a, b, rtol=1e-6, atol=1e-9)
+@pytest.mark.slow
+@settings(max_examples=15, **EXAMPLES)
+@given(**ANY_CALL)
+def test_many_shapes_and_chunks(**call):
+    check_any_call(**call)
 
 
 def test_float16_keeps_small_gradients(rng):
@@ -390,8 +330,8 @@ def test_float16_keeps_small_gradients(rng):
     _, gradients = value_and_gradients(
         lambda *a: 2.0**12 * fused(*a, labels, weights=weights, chunk_size=500), hidden, lm_head
     )
-    _, *want = truth(hidden, lm_head, labels, weights)
-    for got, expected in zip(gradients, want, strict=True):
+    _, want = truth(hidden, lm_head, labels, weights)
+    for got, expected in zip(gradients, want[:2], strict=True):
         assert oracle.relative_error(got / 2.0**12, expected) < 2e-3
 
 
@@ -408,102 +348,3 @@ def test_a_second_derivative_is_refused(rng):
                 lambda h, r=reduction: keras.ops.sum(fused(h, lm_head, labels, reduction=r)),
                 hidden,
             )
-
-
-@pytest.mark.skipif(keras.config.backend() != "torch", reason="torch.compile traces PyTorch alone")
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_torch_compile_traces_the_whole_loss(reduction, rng):
-    import torch
-
-    hidden, lm_head, labels, weights = (torch.tensor(a) for a in batch(rng))
-    hidden.requires_grad_(), lm_head.requires_grad_()
-
-    def loss(hidden, lm_head):
-        return fused(hidden, lm_head, labels, weights=weights, reduction=reduction).sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    want = torch.autograd.grad(loss(hidden, lm_head), (hidden, lm_head))
-    got = torch.autograd.grad(compiled(hidden, lm_head), (hidden, lm_head))
-    for a, b in zip(got, want, strict=True):
-        assert oracle.relative_error(to_numpy(a), to_numpy(b)) < 1e-6
-
-
-@pytest.mark.skipif(
-    keras.config.backend() != "tensorflow",
-    reason="only tf.function traces an unknown number of tokens",
-)
-@pytest.mark.parametrize("T", [1, 31, 3000])
-def test_tokens_unknown_until_the_step_runs(T, rng):
-    """Keras's `fit` on TensorFlow traces the batch as None; chunks are of what comes."""
-    import tensorflow as tf
-
-    hidden, lm_head, labels, _ = batch(rng, T=T, pin=False)
-
-    @tf.function(input_signature=[tf.TensorSpec((None, 8)), tf.TensorSpec((T,), tf.int32)])
-    def half_known(hidden, labels):
-        return ops.fused_linear_cross_entropy(hidden, tf.constant(lm_head), labels)
-
-    @tf.function(input_signature=[tf.TensorSpec((None, 8)), tf.TensorSpec((None,), tf.int32)])
-    def step(hidden, labels):
-        with tf.GradientTape() as tape:
-            tape.watch(hidden)
-            loss = ops.fused_linear_cross_entropy(hidden, tf.constant(lm_head), labels)
-        return loss, tape.gradient(loss, hidden)
-
-    loss, gradient = step(hidden, labels)
-    want, d_hidden, _ = truth(hidden, lm_head, labels, np.ones(T))
-    assert float(loss) == pytest.approx(want, rel=1e-6)
-    assert float(half_known(hidden, labels)) == pytest.approx(want, rel=1e-6)
-    assert oracle.relative_error(to_numpy(gradient), d_hidden) < 2e-6
-    if T > 1:  # one label is not one for every row
-        with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
-            step(hidden, labels[:1])
-
-
-@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="TensorFlow's eager tape")
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_an_eager_tape_holds_no_logits(reduction, rng, monkeypatch):
-    import weakref
-
-    import tensorflow as tf
-
-    made, product = [], tf.matmul
-
-    def remembered(*arguments, **options):
-        found = product(*arguments, **options)
-        made.append((found.shape[0], weakref.ref(found)))
-        return found
-
-    hidden, lm_head, labels, _ = batch(rng, T=300, D=8, V=1500, pin=False)
-    hidden, lm_head = tf.constant(hidden), tf.constant(lm_head)
-    monkeypatch.setattr(tf, "matmul", remembered)
-    with tf.GradientTape() as tape:
-        tape.watch((hidden, lm_head))
-        loss = tf.reduce_sum(fused(hidden, lm_head, labels, reduction=reduction, chunk_size=50))
-        assert len(made) >= 3
-        assert [rows for rows, tensor in made if tensor() is not None] == []
-    assert oracle.relative_error(
-        to_numpy(tape.gradient(loss, hidden)),
-        oracle.cross_entropy(hidden.numpy(), lm_head.numpy(), labels)[1],
-    ) < 2e-6  # fmt: skip
-
-
-@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="only XLA on TensorFlow")
-@pytest.mark.parametrize("T", [0, 31])
-def test_xla_on_tensorflow_compiles_it(T, rng):
-    """`fit` does so where it can."""
-    import tensorflow as tf
-
-    hidden, lm_head, labels, _ = batch(rng, T=T, pin=False)
-
-    @tf.function(jit_compile=True)
-    def step(hidden, lm_head, labels):
-        with tf.GradientTape() as tape:
-            tape.watch((hidden, lm_head))
-            loss = fused(hidden, lm_head, labels, reduction="sum")
-        return tape.gradient(loss, (hidden, lm_head))
-
-    got = step(*map(tf.constant, (hidden, lm_head, labels)))
-    _, *want = oracle.cross_entropy(hidden, lm_head, labels)
-    for a, b in zip(got, want, strict=True):
-        assert oracle.relative_error(to_numpy(a), b) < 2e-6

@@ -137,8 +137,7 @@ def test_one_sgd_step_follows_the_numeric_gradient(tokens, rng):
             assert np.sum(step * direction) == pytest.approx(expected, rel=2e-2, abs=1e-3)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("remat", "packed"), [(False, True), (True, False)])
 def test_fit_learns_a_batch_by_heart(tiny_config, tokens, remat, packed):
     model = make_model(GrugConfig(**{**vars(tiny_config), "remat": remat}))
     model.compile(keras.optimizers.AdamW(1e-2))
@@ -149,18 +148,6 @@ def test_fit_learns_a_batch_by_heart(tiny_config, tokens, remat, packed):
     assert set(history.history) == {"loss", "batch_loss", "gradient_norm"}
     assert history.history["loss"][-1] < 0.5 * history.history["loss"][0]
     assert all(np.all(np.isfinite(w)) for w in model.get_weights())
-
-
-def test_remat_changes_no_update(tiny_config, tokens):
-    results = []
-    for remat in (False, True):
-        model = make_model(GrugConfig(**{**vars(tiny_config), "remat": remat}))
-        model.compile(keras.optimizers.SGD(0.1))
-        inputs = {"token_ids": tokens[:, :12], "segment_ids": SEGMENTS}
-        model.fit(inputs, tokens[:, 1:], epochs=3, verbose=0)
-        results.append(model.get_weights())
-    for plain, rematerialised in zip(*results, strict=True):
-        np.testing.assert_allclose(plain, rematerialised, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.jax
@@ -179,12 +166,10 @@ def test_mixed_bfloat16_trains_with_float32_weights(tiny_config, tokens):
     x, y = tokens[:, :12], tokens[:, 1:]
     assert keras.backend.standardize_dtype(model(x).dtype) == "bfloat16"
     exact = make_model(tiny_config)
-    exact.compile("sgd")
     model.compile(keras.optimizers.AdamW(1e-2))
     assert {w.dtype for w in model.trainable_variables} == {"float32"}
-    assert model.evaluate(x, y, verbose=0) == pytest.approx(
-        exact.evaluate(x, y, verbose=0), rel=1e-2
-    )
+    losses = [float(m.compute_loss(x, y, m(x), training=False)) for m in (model, exact)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     history = model.fit(x, y, epochs=30, verbose=0).history["loss"]
     assert history[-1] < 0.7 * history[0]
 
@@ -295,7 +280,7 @@ def test_a_local_subclass_is_all_an_experiment_needs(tiny_config, tokens, tmp_pa
 # ---------------------------------------------------------------------- save and load
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_keras_file_gives_identical_outputs_and_goes_on_training(model, tokens, tmp_path, packed):
     x = {"token_ids": tokens[:, :12], "segment_ids": SEGMENTS} if packed else tokens[:, :12]
     model.compile(keras.optimizers.AdamW(1e-2))

@@ -41,6 +41,7 @@ SMALL = ["--seq-len", "64", "--batch", "8"]
 def start(out, *options, **kwargs):
     command = [sys.executable, STARTER, "--out", out, *SMALL, *options]
     environment = {**os.environ, "KERAS_BACKEND": keras.config.backend(), "PYTHONUNBUFFERED": "1"}
+    environment["XLA_FLAGS"] = ""  # as people run it
     return subprocess.Popen(
         list(map(str, command)),
         env=environment,
@@ -55,7 +56,7 @@ def start(out, *options, **kwargs):
 def finished(tmp_path_factory):
     """One short run on the embedded corpus: (folder, printed lines, stderr, record)."""
     out = tmp_path_factory.mktemp("runs")
-    process = start(out, "--steps", 40, "--seed", 3)
+    process = start(out, "--steps", 24, "--seed", 3)
     printed, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     (folder,) = out.iterdir()
@@ -85,7 +86,7 @@ def test_a_run_leaves_its_whole_record(finished):
     ]
     assert record["status"] == "finished"
     assert record["id"] == folder.name
-    assert (record["seed"], record["steps"], record["tokens"]) == (3, 40, 40 * 8 * 64)
+    assert (record["seed"], record["steps"], record["tokens"]) == (3, 24, 24 * 8 * 64)
     assert record["config"]["max_seq_len"] == 64
     assert re.fullmatch("[0-9a-f]{64}", record["data"]["sha256"])
     assert record["backend"] == keras.config.backend()
@@ -102,10 +103,10 @@ def test_the_curve_has_a_row_a_step_and_the_loss_falls_on_real_text(finished):
     folder, _, _, record = finished
     with open(folder / "curve.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows] == list(range(1, 41))
+    assert [int(row["step"]) for row in rows] == list(range(1, 25))
     losses = [float(row["loss"]) for row in rows]
     assert losses[0] == pytest.approx(math.log(384), rel=0.05), "starts from uniform guessing"
-    assert np.mean(losses[-10:]) < 0.7 * losses[0]
+    assert np.mean(losses[-5:]) < 0.7 * losses[0]
     assert losses[-1] == pytest.approx(record["train_loss"], abs=1e-5)
     rates = [float(row["learning_rate"]) for row in rows]
     assert max(rates) == pytest.approx(record["recipe"]["learning_rate"])
@@ -114,19 +115,24 @@ def test_the_curve_has_a_row_a_step_and_the_loss_falls_on_real_text(finished):
     assert seconds == sorted(seconds)
 
 
-def test_bits_per_byte_count_raw_bytes_and_the_checkpoint_is_the_model(finished):
-    folder, _, _, record = finished
-    model = keras.models.load_model(folder / "model.keras")
-    tokenizer, documents = ByteTokenizer(), load_corpus().validation_slice(VALIDATION_BYTES)
-    tokens = token_stream(documents, tokenizer)
-    batches = TokenBatches(tokens, bos_id=256, seq_len=64, batch_size=64)
-    loss = model.evaluate(batches, verbose=0)
-    assert loss == pytest.approx(record["loss"], rel=1e-5)
+def test_bits_per_byte_count_raw_bytes(finished):
+    record = finished[-1]
+    documents = load_corpus().validation_slice(VALIDATION_BYTES)
     num_bytes = sum(len(text) for text in documents)
     assert num_bytes == record["data"]["validation_bytes"]
     assert 0.99 * VALIDATION_BYTES < num_bytes <= VALIDATION_BYTES
-    nats = loss * (num_bytes + len(documents))  # each document's end is predicted too
+    nats = record["loss"] * (num_bytes + len(documents))  # each document's end is predicted too
     assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_saved_model_has_the_recorded_loss(finished):
+    """Of the whole validation slice; the test of tokenized text does it for a small one."""
+    folder, *_, record = finished
+    model = keras.models.load_model(folder / "model.keras")
+    tokens = token_stream(load_corpus().validation_slice(VALIDATION_BYTES), ByteTokenizer())
+    batches = TokenBatches(tokens, bos_id=256, seq_len=64, batch_size=64)
+    assert model.evaluate(batches, verbose=0) == pytest.approx(record["loss"], rel=1e-5)
 
 
 def test_generate_is_seeded_and_speaks_only_known_tokens(finished):
@@ -236,8 +242,10 @@ def test_a_model_that_is_refused_leaves_no_folder(tiny_run, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_that_diverges_names_step_documents_and_last_good_checkpoint(tiny_run, capsys):
-    status = tiny_run(Grugformer, lambda schedule: keras.optimizers.SGD(1e30))
+def test_a_run_that_diverges_names_step_documents_and_last_good_checkpoint(
+    tiny_run, capsys, tiny_model
+):
+    status = tiny_run(tiny_model, lambda schedule: keras.optimizers.SGD(1e30))
     record = json.loads(tiny_run.folder.results.read_text())
     assert (status, record["status"]) == (1, "diverged")
     assert 0 < record["steps"] < 8
@@ -248,7 +256,7 @@ def test_a_run_that_diverges_names_step_documents_and_last_good_checkpoint(tiny_
         assert "its batch holds training documents 0" in printed
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_its_batch(tmp_path, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_batch(tmp_path, capsys, tiny_model):
     (tmp_path / "text.jsonl").write_text(
         "".join(json.dumps({"text": f"{i:3} " * 4}) + "\n" for i in range(100))
     )
@@ -266,7 +274,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_batch(tmp_path, capsys):
             return inputs, labels, weights
 
     run.train_batches.__class__ = Poisoned
-    assert run(Grugformer, lambda schedule: keras.optimizers.AdamW(schedule)) == 1
+    assert run(tiny_model, lambda schedule: keras.optimizers.AdamW(schedule)) == 1
     record = json.loads(run.folder.results.read_text())
     assert (record["status"], record["bad_step"], record["train_loss"]) == ("diverged", 7, None)
     printed = capsys.readouterr().out
@@ -284,7 +292,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_batch(tmp_path, capsys):
     assert f"its batch holds training documents {documents[0]}" in printed
 
 
-def test_ctrl_c_inside_a_step_loses_no_weights(tiny_run):
+def test_ctrl_c_inside_a_step_loses_no_weights(tiny_run, tiny_model):
     raised = []
 
     class Signalling(TokenBatches):
@@ -297,7 +305,7 @@ def test_ctrl_c_inside_a_step_loses_no_weights(tiny_run):
     tiny_run.train_batches = Signalling(
         tiny_run.train_batches.tokens, bos_id=256, seq_len=16, batch_size=2, steps=8
     )
-    status = tiny_run(Grugformer, lambda schedule: keras.optimizers.AdamW(schedule))
+    status = tiny_run(tiny_model, lambda schedule: keras.optimizers.AdamW(schedule))
     record = json.loads(tiny_run.folder.results.read_text())
     assert (status, record["status"], record["steps"]) == (130, "interrupted", 4)
     model = keras.models.load_model(tiny_run.folder.model)
@@ -307,13 +315,16 @@ def test_ctrl_c_inside_a_step_loses_no_weights(tiny_run):
 @pytest.mark.parametrize(
     ("error", "status"), [(MemoryError, "failed"), (KeyboardInterrupt, "interrupted")]
 )
-def test_a_run_that_fails_after_training_keeps_what_it_has(tiny_run, error, status):
+def test_a_run_that_fails_after_training_keeps_what_it_has(tiny_run, error, status, tiny_model):
     class Broken(Grugformer):
         def evaluate(self, *args, **kwargs):
             raise error("no evaluation today")
 
     with pytest.raises(error):
-        tiny_run(Broken, lambda schedule: keras.optimizers.AdamW(schedule))
+        tiny_run(
+            lambda config: tiny_model(config, Broken),
+            lambda schedule: keras.optimizers.AdamW(schedule),
+        )
     record = json.loads(tiny_run.folder.results.read_text())
     assert (record["status"], record["steps"]) == (status, 8)
     assert "no evaluation today" in record["error"]
@@ -327,13 +338,16 @@ def test_a_place_that_cannot_hold_runs_is_named(tmp_path):
         new_run_folder(tmp_path / "file" / "runs", "run")
 
 
-def test_a_script_that_cannot_be_built_reports_its_own_error(tiny_run):
+def test_a_script_that_cannot_be_built_reports_its_own_error(tiny_run, tiny_model):
     class Broken(Grugformer):
         def call(self, inputs, training=None):
             raise RuntimeError("typo in the experiment")
 
     with pytest.raises(RuntimeError, match="typo in the experiment"):
-        tiny_run(Broken, lambda schedule: keras.optimizers.AdamW(schedule))
+        tiny_run(
+            lambda config: tiny_model(config, Broken),
+            lambda schedule: keras.optimizers.AdamW(schedule),
+        )
     record = json.loads(tiny_run.folder.results.read_text())
     assert record["status"] == "failed"
     assert "typo in the experiment" in record["error"]
@@ -449,7 +463,7 @@ def test_plot_draws_one_run_or_several(finished, tmp_path):
     assert not (tmp_path / "m.png").exists()
 
 
-def test_tokenized_text_trains_as_the_text_does(tmp_path):
+def test_tokenized_text_trains_as_the_text_does(tmp_path, tiny_model):
     """`grug tokenize`, and a run on what it made, with a tokenizer of its own and packing."""
     pytest.importorskip("tensorboard", reason="the test extra brings it")
     text = tmp_path / "text.jsonl"
@@ -468,7 +482,7 @@ def test_tokenized_text_trains_as_the_text_does(tmp_path):
         )  # fmt: skip
         recipe = Recipe(steps=6, batch_size=4, learning_rate=0.02, accumulate=2)
         run = Run(STARTER, recipe, options)
-        assert run(Grugformer, build_optimizer) == 0
+        assert run(tiny_model, build_optimizer) == 0
         assert run.folder.tokenizer.read_text() == (tokens / "tokenizer.json").read_text()
         results.append((run.folder, json.loads(run.folder.results.read_text())))
     (folder, a), (_, b) = results
@@ -476,6 +490,9 @@ def test_tokenized_text_trains_as_the_text_does(tmp_path):
     assert a["bits_per_byte"] == b["bits_per_byte"]
     assert [e["step"] for e in a["evaluations"]] == [3, 6]
     assert a["evaluations"][-1]["loss"] == a["loss"]
+    saved = keras.models.load_model(folder.model)
+    loss = saved.evaluate(run.validation_batches, verbose=0)
+    assert loss == pytest.approx(a["loss"], rel=1e-5)
     import tensorflow as tf
 
     (events,) = (folder.path / "tensorboard").iterdir()
@@ -487,7 +504,8 @@ def test_tokenized_text_trains_as_the_text_does(tmp_path):
     assert tags.count("validation_loss") == 2
 
 
-def test_wandb_is_given_the_same_numbers(tiny_run, monkeypatch, tmp_path):
+@pytest.mark.slow
+def test_wandb_is_given_the_same_numbers(tiny_run, monkeypatch, tmp_path, tiny_model):
     """The real library, offline; what it logs is read back from its run."""
     pytest.importorskip("wandb", reason="the test extra brings it")
     from grug_keras.training.sinks import WandB
@@ -500,7 +518,7 @@ def test_wandb_is_given_the_same_numbers(tiny_run, monkeypatch, tmp_path):
     monkeypatch.setitem(SINKS, "wandb", lambda folder, name: sink)
     run, close = sink._run, sink.close
     monkeypatch.setattr(sink, "close", lambda: None)
-    assert tiny_run(Grugformer, lambda schedule: keras.optimizers.AdamW(schedule)) == 0
+    assert tiny_run(tiny_model, lambda schedule: keras.optimizers.AdamW(schedule)) == 0
     # A step is sent once the next one begins; the last one is, with its evaluation, at the end.
     with open(tiny_run.folder.curve, newline="") as file:
         row = list(csv.DictReader(file))[-2]

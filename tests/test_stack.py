@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-CONFIG = GrugConfig(40, 16, 24, 3, 4, 2, max_seq_len=12, qk_norm=True, remat=True)
+CONFIG = GrugConfig(40, 16, 24, 2, 4, 2, max_seq_len=12, qk_norm=True, remat=True)
 
 
 @keras.saving.register_keras_serializable(package="test_stack")
@@ -125,9 +125,9 @@ def case(*values, slow=False, jax=False):
         case(EverySecond, "float32", False, jax=True, slow=True),
         case(WithPenalty, "float32", True),
         case(WithRegularizer, "float32", False, slow=True),
-        case(OwnConstant, "float32", False, jax=True),
+        case(OwnConstant, "float32", False, jax=True, slow=True),
         case(OwnGradient, "float32", False, jax=True),
-        case(PreciseBlock, "mixed_bfloat16", True, jax=True),
+        case(PreciseBlock, "mixed_bfloat16", True, jax=True, slow=True),
         case(PreciseBlock, "float32", True, jax=True, slow=True),
     ],
 )
@@ -147,6 +147,7 @@ def test_a_loop_over_blocks_trains_as_blocks_written_out(block_class, policy, lo
         np.testing.assert_allclose(got, want, atol=tolerance)
 
 
+@pytest.mark.jax  # elsewhere the update is Keras's own
 def test_muon_updates_as_that_of_keras():
     """Momentum, weight decay, matrices of several shapes, AdamW for the rest, by hand."""
     options = {

@@ -42,7 +42,7 @@ def train(optimizer, accumulate, remat=False):
     return model, logs.found
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_batch_in_parts_is_the_same_update(remat):
     def optimizer():
         schedule = Trapezoid(0.5, steps=3, warmup=0.4, cooldown=0.6)

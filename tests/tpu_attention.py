@@ -15,8 +15,9 @@ import re
 os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
 
 from grug_keras import ops, tpu
-from grug_keras.ops.jax.attention import HeadPlacement, by_platform
+from grug_keras.ops.jax.attention_on_mesh import HeadPlacement
 from grug_keras.ops.jax.block_plan import Grid, plan_blocks
+from grug_keras.ops.jax.splash_attention import by_platform
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -50,7 +51,7 @@ def attention(
 
     def loss(query, key, value, ids):
         mask = ops.AttentionMask(sliding_window=window)
-        mask = mask.with_segment_ids(ids) if packed else mask
+        mask = ops.plan_documents(mask.with_segment_ids(ids)) if packed else mask
         return ops.attention(query, key, value, mask, **options).astype("float32").sum()
 
     shapes = [((2, length, heads, head_dim), dtype) for heads in (2, 1, 1)]
@@ -95,7 +96,7 @@ def attention_on_a_mesh(programs, kind):
 
     def output_and_gradients(query, key, value, sinks, d_out, ids):
         def output(query, key, value):
-            mask = ops.AttentionMask().with_segment_ids(ids)
+            mask = ops.plan_documents(ops.AttentionMask().with_segment_ids(ids))
             return placement.run(method, query, key, value, mask, sinks)
 
         out, pullback = jax.vjp(output, query, key, value)

@@ -12,7 +12,8 @@ covers all that decides the figures:
   evaluate them.
 - The devices that it is compiled for, in the order of the mesh.
 - The versions of JAX and libtpu, and the flags of both in the environment.
-- The code that reads the figures, without its comments and docstrings.
+- The code that reads the figures, without its comments and docstrings: `tpu/compiler.py`,
+  `tpu/hlo.py` and the script's function that calls them.
 """
 
 import ast
@@ -65,7 +66,8 @@ class Programs:
             name: str, key in the budgets.
             lowered: `jax.stages.Lowered`.
             devices: the devices that it is lowered for.
-            read: function of the `jax.stages.Compiled`, returns a dict of figures.
+            read: function of the `jax.stages.Compiled`, returns a dict of figures. All that they
+                depend on besides must show in the program.
 
         Returns:
             dict, the figures and `program`, the hash.
@@ -74,9 +76,9 @@ class Programs:
         known = self.budgets.get(name, {})
         same = known.get("program") == program
         if same and name not in self.always:
-            print(f"{name}: not compiled, the program of {self.path.name}", file=sys.stderr)
+            _say(f"{name}: not compiled, the program of {self.path.name}")
             return known
-        print(f"{name}: compiled, {'as always' if same else 'a new program'}", file=sys.stderr)
+        _say(f"{name}: compiled, {'as always' if same else 'a new program'}")
         self.new += [] if same else [name]
         figures = {**read(lowered.compile()), "program": program}
         self.keep(name, figures)
@@ -89,20 +91,22 @@ class Programs:
             self.path.write_text(json.dumps(self.budgets, indent=1) + "\n")
 
 
+def _say(line):
+    print(line, file=sys.__stderr__, flush=True)  # click's test runner replaces sys.stderr
+
+
 def program_hash(lowered, devices, read):
     """Returns the SHA-256, in hexadecimal, of all that decides the figures of a program."""
     program = FLOAT_TABLE.sub("", lowered.as_text())
     devices = [[device.device_kind, repr(device)] for device in devices]
-    files = {compiler.__file__, hlo.__file__, inspect.getsourcefile(read)}
-    reading = sorted(code_of(path) for path in files)
+    reading = [code_of(inspect.getsource(part)) for part in (compiler, hlo, read)]
     parts = [program, devices, VERSIONS, FLAGS, reading]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache
-def code_of(path):
-    """Returns the source of a module without docstrings, whole lines of comment and blank lines."""
-    source = pathlib.Path(path).read_text()
+def code_of(source):
+    """Returns source without its docstrings, blank lines, and lines that are comments."""
     lines = source.splitlines()
     documented = ast.Module | ast.ClassDef | ast.FunctionDef
     for node in ast.walk(ast.parse(source)):

@@ -8,12 +8,12 @@ from grug_cli.checkout import find_checkout, use_cpu
 
 @click.group()
 def archive():
-    """The paper trail, docs/archive.md."""
+    """Keep the paper trail, docs/archive.md."""
 
 
 @archive.command("check")
 def check_archive():
-    """Checks that the archive agrees with the scripts, with git and with the results."""
+    """Check it against scripts, git and results."""
     from grug_keras.experiments.archive_check import check
 
     use_cpu()
@@ -28,7 +28,10 @@ def check_archive():
 @archive.command("record")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
 def record_folder(folder):
-    """Copies the numbers of a run, or of a comparison, into docs/results and the archive."""
+    """Record a run or a comparison.
+
+    Copies its numbers from FOLDER into docs/results and the archive.
+    """
     from grug_keras.experiments.leaderboard import write
     from grug_keras.experiments.record import record
 
@@ -40,7 +43,7 @@ def record_folder(folder):
 
 @archive.command("fill")
 def fill_commits():
-    """Writes commits where entries say pending."""
+    """Write commits where entries say pending."""
     from grug_keras.experiments.record import fill
 
     filled, pending = fill(find_checkout())
@@ -56,7 +59,10 @@ def fill_commits():
 @click.argument("experiment")
 @click.option("--by", required=True, help="Id or commit of what replaces it.")
 def supersede_experiment(experiment, by):
-    """Marks EXPERIMENT superseded; its script stays until it is deleted."""
+    """Mark an experiment superseded.
+
+    The script of EXPERIMENT stays until it is deleted.
+    """
     from grug_keras.experiments.leaderboard import write
     from grug_keras.experiments.retire import supersede
 
@@ -70,7 +76,10 @@ def supersede_experiment(experiment, by):
 @click.option("--by", help="Id or commit of what replaces it.")
 @click.option("--why", help="One line for the notes.")
 def delete_experiment(experiment, by, why):
-    """Deletes the script of EXPERIMENT; entry and results stay, `grug reproduce` runs it again."""
+    """Delete the script of an experiment.
+
+    Entry and results of EXPERIMENT stay, and `grug reproduce` runs it again.
+    """
     from grug_keras.experiments.leaderboard import write
     from grug_keras.experiments.retire import delete
 

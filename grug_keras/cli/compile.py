@@ -25,7 +25,9 @@ import click
 @click.option("--accumulate", type=click.IntRange(min=1), help="As in training; the recipe's.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compile_step(speedrun, as_json, **options):
-    """Compiles the training step of SPEEDRUN for TPUs that are not here: does it fit, how fast?
+    """Compile a training step for TPUs.
+
+    Says whether the step of SPEEDRUN fits TPUs that are not here, and about how fast it is.
 
     Needs Linux and libtpu, which pip install "jax[tpu]" brings, and no TPU. Ends with 1 where the
     step does not fit.

@@ -17,7 +17,10 @@ _PASSED_ON = {"show_default": True, "ignore_unknown_options": True}
 )
 @click.option("--purpose", default=_NO_PURPOSE, help="One line: what is tried, and why.")
 def new(idea, bucket, purpose):
-    """Starts an experiment: speedruns/grugformer_IDEA.py, and its entry in the archive."""
+    """Start an experiment.
+
+    Writes speedruns/grugformer_IDEA.py and its entry in the archive.
+    """
     from grug_keras.experiments.new import new_experiment
 
     name, path = new_experiment(find_checkout(), idea, bucket, purpose)
@@ -29,7 +32,10 @@ def new(idea, bucket, purpose):
 @click.option("--size", show_default="the experiment's first", help="Model and recipe.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def diff(experiment, size, as_json):
-    """Measures what EXPERIMENT, an id or a path, changes against the core."""
+    """Show what an experiment changes.
+
+    Measures EXPERIMENT, an id or a path, against the core, on built models.
+    """
     from grug_keras.experiments.diff import as_text, difference
 
     use_cpu()
@@ -56,7 +62,10 @@ def diff(experiment, size, as_json):
     help="Folder of the comparison. One that was interrupted continues.",
 )
 def compare(a, b, options, seeds, match, out):
-    """Tests whether B is better than A: ids or paths; OPTIONS go to both, as in: -- --steps 300."""
+    """Test whether B is better than A.
+
+    A and B are ids or paths; OPTIONS go to both, as in: -- --steps 300.
+    """
     from grug_keras.experiments.compare import Comparison
     from grug_keras.experiments.comparison_summary import as_text
 
@@ -80,7 +89,10 @@ def compare(a, b, options, seeds, match, out):
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTIONS]")
 @click.option("--out", default="runs", type=click.Path(file_okay=False), help="Run folders.")
 def reproduce(experiment, options, out):
-    """Runs EXPERIMENT again as it was recorded, deleted ones too, at its own commit."""
+    """Run a recorded experiment again.
+
+    Runs EXPERIMENT as it was recorded, deleted ones too, at its own commit.
+    """
     from grug_keras.experiments.reproduce import reproduce, verdict
 
     click.echo(verdict(*reproduce(find_checkout(), experiment, out, options)))
@@ -88,7 +100,10 @@ def reproduce(experiment, options, out):
 
 @click.command()
 def leaderboard():
-    """Builds docs/leaderboard.md and its picture from the committed results."""
+    """Build docs/leaderboard.md.
+
+    Page and picture are made from the committed results.
+    """
     from grug_keras.experiments.leaderboard import write
 
     for path in write(find_checkout()):

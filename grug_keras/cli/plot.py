@@ -11,7 +11,10 @@ import click
     "--out", default="loss", type=click.Path(path_type=pathlib.Path), help="Without an ending."
 )
 def plot(runs, out):
-    """Draws the losses of run folders against steps and seconds, to OUT.png and OUT.svg."""
+    """Draw the losses of runs.
+
+    Draws those of run folders against steps and seconds, to OUT.png and OUT.svg.
+    """
     from grug_keras.training.plots import plot_runs
 
     for ending in (".png", ".svg"):

@@ -16,7 +16,9 @@ import click
 )
 @click.option("--shard-tokens", default=10**8, type=click.IntRange(min=1), help="Tokens a file.")
 def tokenize(data, out, tokenizer, shard_tokens):
-    """Tokenizes DATA to files that a speedrun takes as --data, however large it is.
+    """Tokenize a corpus of any size.
+
+    Writes files that a speedrun takes as --data.
 
     DATA is a file or a folder of text, JSON lines or Parquet, or a TFDS dataset. The same command
     continues one that was interrupted.

@@ -8,7 +8,7 @@ from keras import ops
 
 @keras.saving.register_keras_serializable(package="grug_keras")
 class Muon(keras.optimizers.Muon):
-    """`keras.optimizers.Muon` for the matrices inside the blocks, and AdamW for all other variables.
+    """`keras.optimizers.Muon` for the matrices inside the blocks, AdamW for all other variables.
 
     The role of a variable decides (`roles.py`). A variable without a role raises; Keras would
     train it with AdamW and say nothing. Update and variables are those of Keras (Jordan et al.,

@@ -14,7 +14,7 @@ _RULES = (
 
 
 def role_of(variable, roles=None):
-    """Returns the role of a variable: `"matrix"` inside a block, `"embedding"`, `"head"`, `"vector"`.
+    """Returns the role of a variable: `"matrix"` inside a block, `"embedding"`, `"head"`, ...
 
     Args:
         variable: `keras.Variable`.

@@ -153,7 +153,7 @@ class FileStore:
 
 
 def _put_aside_unreadable(folder):
-    """Renames checkpoints whose loss is unreadable: Orbax reads those of all steps when it starts."""
+    """Renames checkpoints whose loss is unreadable: Orbax reads all losses when it starts."""
     for path in folder.glob("*/metrics/metrics"):
         try:
             json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Sampling text from a model, with the samplers of KerasHub."""
 
-from grug_keras.data.utf8 import cut_text
 from grug_keras.data.quiet import quiet
+from grug_keras.data.utf8 import cut_text
 import keras
 import numpy as np
 

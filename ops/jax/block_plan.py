@@ -1,4 +1,4 @@
-"""Which pairs of blocks the TPU kernel visits: those that a mask's rules and documents leave.
+"""Plans which pairs of blocks the TPU kernel visits: those that rules and documents leave.
 
 JAX's splash kernel reads its plan from arrays that its own library makes from the rules alone,
 in Python. Here the segment ids count too, so that the plan differs from example to example and
@@ -10,8 +10,6 @@ import functools
 
 from grug_keras.ops.attention_blocks import block_pairs, documents_meet, in_blocks
 import jax
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,8 +28,8 @@ class Grid:
     Attributes:
         num_queries, num_keys: int, S and T.
         is_causal, sliding_window: as in `AttentionMask`.
-        packed: bool, whether segment ids join the rules. Then the kernel sees all examples as
-            one, end to end.
+        packed: bool, whether there are segment ids. Then the kernel sees all examples as one,
+            end to end.
         rows, columns: int, queries and keys of a block.
         fused: bool, whether one kernel makes all gradients.
     """
@@ -47,7 +45,7 @@ class Grid:
 
     @classmethod
     def of(cls, rules, num_queries, num_keys):
-        """The grid that suits the lengths and the rules, an `AttentionMask`."""
+        """Returns the grid that suits the rules, an `AttentionMask`, and the lengths."""
         window, packed = rules.sliding_window, rules.segment_ids is not None
         rows, columns = block_size(num_queries, window), block_size(num_keys, window)
         skips = packed or window is not None
@@ -63,8 +61,8 @@ class Grid:
         return -(-self.num_keys // self.columns)
 
     def __call__(self, query, key):
-        """The rules by position, as the kernel asks for them."""
-        # Keys that only fill a block have an id of their own if there are ids.
+        """Returns which pairs of positions the rules allow; the kernel calls this."""
+        # With segment ids, keys that only fill a block have an id that no query has.
         allowed = key >= 0 if self.packed else key < self.num_keys
         if self.is_causal:
             allowed &= key <= query
@@ -73,10 +71,14 @@ class Grid:
         return allowed
 
     def block_sizes(self):
-        """What the kernels need to know."""
+        """Returns the sizes for `SplashAttentionKernel`."""
+        from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
+            BlockSizes,
+        )
+
         compute = max(n for n in (128, 256, 384, 512) if self.columns % n == 0)
         split = {} if self.fused else {"block_q_dq": self.rows, "block_kv_dq": self.columns}
-        return splash.BlockSizes(
+        return BlockSizes(
             block_q=self.rows,
             block_kv=self.columns,
             block_kv_compute=compute,
@@ -93,20 +95,35 @@ class Grid:
 )
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
-    """The visits of the kernels that go row by row, and of the one that goes column by column.
+    """The blocks that the kernels visit, step by step.
 
-    Each a pair of int32 arrays `(B, lines, steps)`, or `(1, lines, steps)` if the examples have
-    no documents: the block to have at hand in each step, and whether there is anything to do.
+    Attributes:
+        by_row: of the kernels that go along each row of blocks: a pair of int32 arrays
+            `(B, lines, steps)`, or `(1, lines, steps)` if the examples have no documents. The
+            first is the block to fetch for each step, the second is 1 where it is computed.
+        by_column: of the kernel that goes along each column of blocks.
     """
 
     by_row: tuple
     by_column: tuple
 
     def mask_infos(self, grid):
-        """For `SplashAttentionKernel`: of the forward, the dq and the dk and dv kernel."""
+        """Returns the plan for `SplashAttentionKernel`.
+
+        Args:
+            grid: `Grid` that the plan was made for.
+
+        Returns:
+            Three `MaskInfo` (the second may be None), for the kernels of the output, of dq, and
+            of dk and dv.
+        """
+        from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import (
+            MaskInfo,
+        )
+
         by_row = _end_to_end(self.by_row, grid.num_columns)
         by_column = (a.swapaxes(1, 2) for a in _end_to_end(self.by_column, grid.num_rows))
-        # Where an example's keys begin, there its queries begin to count.
+        # Positions count through all examples: the queries of one start where its keys do.
         starts = grid.columns * grid.num_columns * np.arange(self.by_row[0].shape[0])[:, None]
         positions = (starts + np.arange(grid.rows * grid.num_rows)).reshape(-1).astype(np.int32)
         by_row, by_column = (
@@ -123,14 +140,14 @@ class BlockPlan:
 
 
 def _end_to_end(visits, num_blocks):
-    """The lines of all examples as those of one, `(1, B * lines, steps)`."""
+    """Returns the lines of all examples as those of one, `(1, B * lines, steps)`."""
     block, runs = visits
     block = block + num_blocks * np.arange(block.shape[0], dtype=np.int32)[:, None, None]
     return tuple(a.reshape(1, -1, a.shape[-1]) for a in (block, runs))
 
 
 def block_size(length, window=None):
-    """Positions of a block: large, for the matrix units, with little to pad."""
+    """Returns the positions of a block: many, for the matrix units, with little padding."""
     largest = 512 if window is not None and window <= 512 else LARGEST_BLOCK
     count = -(-length // largest)
     unit = LANES if length <= 2 * LANES else 2 * LANES
@@ -138,7 +155,7 @@ def block_size(length, window=None):
 
 
 def plan_blocks(grid, segment_ids=None):
-    """Plans the visits.
+    """Plans which blocks the kernels visit.
 
     Args:
         grid: `Grid`.
@@ -163,18 +180,19 @@ def plan_blocks(grid, segment_ids=None):
 
 
 def _visits(left, shared, *, shrink, then_next_line):
-    """The steps of a kernel along each line of blocks.
+    """Plans the steps of a kernel along each line of blocks.
 
     Args:
         left: bool NumPy array `(lines, blocks)`, what the rules leave.
         shared: bool array `(B, lines, blocks)`, what the documents leave.
-        shrink: bool, whether a line has only as many steps as the longest one needs.
-        then_next_line: bool, whether the next line follows a line, or the same one once more
-            (for another head).
+        shrink: bool. A line has only as many steps as the longest one needs.
+        then_next_line: bool. The kernel goes on with the next line, not with the same line of
+            another head.
 
     Returns:
-        Two int32 arrays `(B, lines, steps)`: in a step without work the block of the next one
-        that has some, so that it is fetched early (at an example's end, its own first one).
+        Two int32 arrays `(B, lines, steps)`, as of `BlockPlan`. A step without work has the block
+        of the next step with work, so that it is fetched early (at the end of an example, the
+        first block of that example).
     """
     lines, blocks = left.shape
     steps = np.arange(left.sum(axis=1).max() if shrink else blocks)

@@ -1,135 +1,108 @@
-"""Attention on JAX in blocks: O(S) memory, and no work for pairs of blocks that a mask rules out.
+"""Attention on JAX in blocks: O(S) memory, no work for blocks that a mask rules out.
 
-Plain XLA loops around `attention_blocks.py`: for CPUs, and for GPUs and masks where nothing
-faster computes the same function.
+Plain XLA loops: for CPUs, and for GPUs and masks where nothing faster computes the same function.
 """
-
-import dataclasses
-import functools
-from typing import Any
 
 from grug_keras.ops.attention_blocks import (
     Blocks,
+    MaskBlocks,
     by_head,
-    finish,
     from_column_blocks,
     from_row_blocks,
-    in_blocks,
     in_column_blocks,
     in_row_blocks,
-    logit_gradients,
-    nothing_seen,
-    over_columns,
-    over_rows,
-    rows_of_dense,
-    see_block,
-    sink_weights,
+    refuse_float64,
 )
-from grug_keras.ops.attention_mask import AttentionMask
-from grug_keras.ops.jax.derivatives import once_differentiable
+from grug_keras.ops.jax.attention_on_mesh import run_on_mesh
+from grug_keras.ops.jax.once_differentiable import once_differentiable
+from grug_keras.ops.online_softmax import (
+    finish_rows,
+    initial_state,
+    multiply_rows,
+    sink_weights,
+    sum_over_rows,
+    update_state,
+    weights_and_logit_gradients,
+)
 import jax
 import jax.numpy as jnp
 
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["query", "key", "dense"], meta_fields=[]
+jax.tree_util.register_dataclass(
+    MaskBlocks, data_fields=["row_ids", "column_ids", "dense"], meta_fields=["blocks"]
 )
-@dataclasses.dataclass
-class _MaskArrays:
-    """Segment ids in blocks, `(nq, B, rows)` and `(nk, B, columns)`; or a dense mask in blocks of
-    rows, `(nq, B or 1, rows, T)`. None where the mask has no such part."""
 
-    query: Any = None
-    key: Any = None
-    dense: Any = None
 
-    def by_row(self):
-        """The parts that a scan over blocks of rows slices."""
-        return _MaskArrays(query=self.query, dense=self.dense)
+def blockwise(query, key, value, mask, **options):
+    """Computes `ops.attention` in blocks, on every device of the mesh."""
+    refuse_float64(query, key, value)
+    return run_on_mesh(blockwise_attention, query, key, value, mask, **options)
 
 
 def blockwise_attention(query, key, value, mask, sinks=None, *, logit_soft_cap=None, scale=1.0):
-    """`ops.attention` in blocks; arguments as checked there."""
+    """Computes `ops.attention` in blocks on one device; arguments as checked there."""
     blocks = Blocks.of(mask, query.shape[1], key.shape[1], logit_soft_cap, scale)
-    arrays = _mask_arrays(mask, blocks)
     if sinks is None:
         sinks = jnp.full(query.shape[2], -jnp.inf, jnp.float32)
-    return _attention(query, key, value, sinks, arrays, blocks)
+    return _attention(query, key, value, sinks, MaskBlocks.of(mask, blocks))
 
 
-def _mask_arrays(mask, blocks):
-    if mask is None:
-        return _MaskArrays()
-    if not isinstance(mask, AttentionMask):
-        return _MaskArrays(dense=rows_of_dense(mask, blocks))
-    if mask.segment_ids is None:
-        return _MaskArrays()
-    query_ids, key_ids = mask.segment_ids
-    return _MaskArrays(
-        query=in_blocks(query_ids, blocks.rows), key=in_blocks(key_ids, blocks.columns)
-    )
+@jax.custom_vjp
+def _attention(query, key, value, sinks, masks):
+    return _blocks_forward(query, key, value, sinks, masks)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(query, key, value, sinks, arrays, blocks):
-    return _blocks_forward(query, key, value, sinks, arrays, blocks)[0]
-
-
-def _forward(query, key, value, sinks, arrays, blocks):
+def _forward(query, key, value, sinks, masks):
     inputs = once_differentiable("attention", (query, key, value, sinks))
-    return _blocks_forward(*inputs, arrays, blocks)
+    return _blocks_forward(*inputs, masks)
 
 
-def _blocks_forward(query, key, value, sinks, arrays, blocks):
-    """Output `(B, S, N, H)`, and what the backward pass needs."""
+def _blocks_forward(query, key, value, sinks, masks):
+    """Returns the output `(B, S, N, H)`, and what the backward pass needs."""
+    blocks = masks.blocks
     q = in_row_blocks(query, key.shape[2], blocks)
     k, v = in_column_blocks(key, blocks), in_column_blocks(value, blocks)
     sink_rows = by_head(sinks, key.shape[2])
 
     def row_block(_, inputs):
-        i, q, mask_rows = inputs
+        i, q = inputs
 
         def column_block(j, state):
-            allowed = _allowed(i, j, mask_rows, arrays, blocks)
-            return see_block(state, q, k[j], v[j], allowed, blocks)
+            return update_state(state, q, k[j], v[j], masks.allowed(i, j), blocks)
 
-        first, last = blocks.columns_of(i, k.shape[0], _ids(mask_rows, arrays.key))
-        nothing = nothing_seen(q)
-        state = jax.lax.fori_loop(first, last, column_block, nothing)
-        return None, finish(state, sink_rows, value.dtype)
+        first, last = masks.columns_of(i, k.shape[0])
+        state = jax.lax.fori_loop(first, last, column_block, initial_state(q))
+        return None, finish_rows(state, sink_rows, value.dtype)
 
-    _, (out, logsumexp) = jax.lax.scan(row_block, None, (*_counted(q), arrays.by_row()))
-    return from_row_blocks(out, query.shape[1]), (query, key, value, sinks, arrays, out, logsumexp)
+    _, (out, logsumexp) = jax.lax.scan(row_block, None, _numbered(q))
+    return from_row_blocks(out, query.shape[1]), (query, key, value, sinks, masks, out, logsumexp)
 
 
-def _backward(blocks, kept, d_output):
-    query, key, value, sinks, arrays, out, logsumexp = kept
-    K = key.shape[2]
+def _backward(kept, d_output):
+    query, key, value, sinks, masks, out, logsumexp = kept
+    K, blocks = key.shape[2], masks.blocks
     q, d_out = (in_row_blocks(x, K, blocks) for x in (query, d_output))
     k, v = in_column_blocks(key, blocks), in_column_blocks(value, blocks)
     delta = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1)
 
-    def row_block(carry, inputs):
-        i, q, d_out, delta, logsumexp, mask_rows = inputs
+    def row_block(sums, inputs):
+        i, q, d_out, delta, logsumexp = inputs
 
-        def column_block(j, found):
-            d_q, d_k, d_v = found
-            allowed = _allowed(i, j, mask_rows, arrays, blocks)
-            weights, d_logits = logit_gradients(
+        def column_block(j, gradients):
+            d_q, d_k, d_v = gradients
+            allowed = masks.allowed(i, j)
+            weights, d_logits = weights_and_logit_gradients(
                 q, k[j], v[j], d_out, delta, logsumexp, allowed, blocks
             )
-            d_k = d_k.at[j].add(over_rows(d_logits, q))
-            d_v = d_v.at[j].add(over_rows(weights, d_out))
-            return d_q + over_columns(d_logits, k[j]), d_k, d_v
+            d_k = d_k.at[j].add(sum_over_rows(d_logits, q))
+            d_v = d_v.at[j].add(sum_over_rows(weights, d_out))
+            return d_q + multiply_rows(d_logits, k[j]), d_k, d_v
 
-        first, last = blocks.columns_of(i, k.shape[0], _ids(mask_rows, arrays.key))
-        d_q, *carry = jax.lax.fori_loop(first, last, column_block, (jnp.zeros(q.shape), *carry))
-        return tuple(carry), d_q.astype(q.dtype)
+        first, last = masks.columns_of(i, k.shape[0])
+        d_q, *sums = jax.lax.fori_loop(first, last, column_block, (jnp.zeros(q.shape), *sums))
+        return tuple(sums), d_q.astype(q.dtype)
 
     zeros = jnp.zeros(k.shape), jnp.zeros(v.shape)
-    (d_k, d_v), d_q = jax.lax.scan(
-        row_block, zeros, (*_counted(q), d_out, delta, logsumexp, arrays.by_row())
-    )
+    (d_k, d_v), d_q = jax.lax.scan(row_block, zeros, (*_numbered(q), d_out, delta, logsumexp))
     taken = sink_weights(by_head(sinks, K), logsumexp)
     return (
         from_row_blocks(d_q, query.shape[1]),
@@ -143,14 +116,5 @@ def _backward(blocks, kept, d_output):
 _attention.defvjp(_forward, _backward)
 
 
-def _allowed(i, j, mask_rows, arrays, blocks):
-    ids = _ids(mask_rows, None if arrays.key is None else arrays.key[j])
-    return blocks.allowed(i, j, ids, mask_rows.dense)
-
-
-def _ids(mask_rows, key_ids):
-    return None if mask_rows.query is None else (mask_rows.query, key_ids)
-
-
-def _counted(blocks):
+def _numbered(blocks):
     return jnp.arange(blocks.shape[0]), blocks

@@ -26,20 +26,20 @@ _LOWEST = -1e30  # not -inf: no difference of two is nan
 
 
 def block_sizes(num_tokens, hidden_dim, num_columns, chunk_size=None):
-    """Tokens of a chunk and columns of a tile, multiples of 128 that fit into VMEM.
+    """Returns the tokens of a chunk and the columns of a tile: multiples of 128 that fit into VMEM.
 
     Args:
-        num_tokens, hidden_dim, num_columns: int.
-        chunk_size: int, tokens asked for, or None.
+        num_tokens, hidden_dim, num_columns: int, T, D and V.
+        chunk_size: int, tokens that the user asks for, or None.
 
     Raises:
         ValueError: if not even the smallest fit.
     """
     asked = CHUNK_TOKENS if chunk_size is None else (chunk_size,)
-    sizes = [_whole_lanes(max(1, min(size, num_tokens))) for size in asked]
+    sizes = [_round_up(max(1, min(size, num_tokens))) for size in asked]
     for size in sizes:
         tile = _tile_columns(size, hidden_dim, num_columns)
-        enough = LANES if size == sizes[-1] else min(NARROWEST_TILE, _whole_lanes(num_columns))
+        enough = LANES if size == sizes[-1] else min(NARROWEST_TILE, _round_up(num_columns))
         if tile >= enough:
             return size, tile
     raise ValueError(
@@ -50,8 +50,8 @@ def block_sizes(num_tokens, hidden_dim, num_columns, chunk_size=None):
 
 
 def _tile_columns(size, hidden_dim, num_columns):
-    """The most columns that fit, 0 if none do."""
-    for tile in range(min(WIDEST_TILE, _whole_lanes(num_columns)), 0, -LANES):
+    """Returns the most columns of a tile that fit, 0 if none do."""
+    for tile in range(min(WIDEST_TILE, _round_up(num_columns)), 0, -LANES):
         # Rows and their float32 gradient; tiles of the head, and of its gradient in and out;
         # exponentials and what is made of them; a dozen columns, each padded to 128 lanes.
         rows = size * hidden_dim * (2 * 2 + 2 * 4)
@@ -62,33 +62,35 @@ def _tile_columns(size, hidden_dim, num_columns):
     return 0
 
 
-def _whole_lanes(count):
+def _round_up(count):
+    """Returns the least multiple of 128, a vector register's lanes, that holds the count."""
     return count + -count % LANES
 
 
 def chunk_gradients(d_head, chunk, *, lm_head, num_columns, options, columns, tile, interpret):
-    """Statistics and gradients of one chunk of tokens.
+    """Returns the statistics and gradients of one chunk of tokens.
 
     Args:
-        d_head: float32 `(D, V)`, to which the chunk's part is added.
+        d_head: float32 `(D, V)`, sum over the chunks before.
         chunk: bfloat16 hidden rows `(C, D)`, int32 labels `(C,)`, float32 weights `(C,)`.
         lm_head: bfloat16 `(D, V)`, V a multiple of `tile`.
-        num_columns: int, columns that count; those after them are padding.
+        num_columns: int, columns of the vocabulary; those after them are padding.
         options: `LossOptions`, without a soft cap.
         columns: `Columns`.
         tile: int, columns of a tile.
         interpret: bool, or `pltpu.InterpretParams` to look for races.
 
     Returns:
-        `(d_head, (TokenStatistics, d_rows))`, d_rows float32 `(C, D)`.
+        `(d_head, (TokenStatistics, d_rows))`: the sum with this chunk's part, and the gradient of
+        the rows, float32 `(C, D)`.
     """
     rows, labels, weights = chunk
     labels = columns.local(labels)
     labels = jnp.where((labels >= 0) & (labels < num_columns), labels, -1)[:, None]
-    exponentials, tile_tops, found = _exponentials(
+    exponentials, tile_tops, of_rows = _exponentials(
         rows, lm_head, labels, num_columns, options, tile, interpret
     )
-    top, normaliser, label_logits, total, best = (a[:, 0] for a in found)
+    top, normaliser, label_logits, total, best = (a[:, 0] for a in of_rows)
     peak = columns.max(top)
     logsumexp = jnp.log(columns.sum(normaliser * jnp.exp(top - peak))) + peak
     label_logits = columns.sum(label_logits)
@@ -111,90 +113,93 @@ def chunk_gradients(d_head, chunk, *, lm_head, num_columns, options, columns, ti
 
 
 def _exponentials(rows, lm_head, labels, num_columns, options, tile, interpret):
-    """`(C, V)` bfloat16, the maximum each tile is relative to, and five statistics `(C, 1)`."""
+    """Runs the first kernel.
+
+    Returns:
+        exponentials: bfloat16 `(C, V)`, relative to the running maximum at their tile.
+        tile_tops: float32 `(V / tile, C, 1)`, these maxima.
+        Five statistics of the rows `(C, 1)`: maximum, sum of exponentials, the label's logit, sum
+        of the logits, argmax.
+    """
     (C, D), V = rows.shape, lm_head.shape[1]
-
-    def kernel(rows, head, labels, exponentials, tile_tops, top, normaliser, picked, total, best):
-        first = pl.program_id(0) * tile
-
-        @pl.when(first == 0)
-        def _():
-            top[...] = jnp.full_like(top, _LOWEST)
-            for other in (normaliser, picked, total, best):
-                other[...] = jnp.zeros_like(other)
-
-        for start in range(0, C, BLOCK_ROWS):
-            at = pl.ds(start, min(BLOCK_ROWS, C - start))
-            logits = _product(rows[at], head[...])
-            column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + first
-            if num_columns != V:
-                logits = jnp.where(column < num_columns, logits, _LOWEST)
-            picked[at] += _row_sum(jnp.where(column == labels[at], logits, 0.0))
-            if options.label_smoothing:
-                total[at] += _row_sum(jnp.where(column < num_columns, logits, 0.0))
-            tile_top = jnp.max(logits, axis=1, keepdims=True)
-            if options.with_argmax:
-                here = jnp.min(jnp.where(logits == tile_top, column, V), axis=1, keepdims=True)
-                best[at] = jnp.where(tile_top > top[at], here, best[at])
-            new_top = jnp.maximum(top[at], tile_top)
-            values = jnp.exp(logits - new_top)
-            normaliser[at] = normaliser[at] * jnp.exp(top[at] - new_top) + _row_sum(values)
-            top[at] = new_top
-            tile_tops[0, at] = new_top
-            exponentials[at] = values.astype(jnp.bfloat16)
-
-    column_of = functools.partial(jax.ShapeDtypeStruct, (C, 1))
-    exponentials, tile_tops, *found = pl.pallas_call(
-        kernel,
+    column = functools.partial(jax.ShapeDtypeStruct, (C, 1))
+    exponentials, tile_tops, *of_rows = pl.pallas_call(
+        functools.partial(_first_kernel, V=V, num_columns=num_columns, options=options),
         grid=(V // tile,),
-        in_specs=[_whole(C, D), _tile_of(D, tile), _whole(C, 1)],
-        out_specs=[_tile_of(C, tile), _of_tile(C), *[_whole(C, 1)] * 5],
+        in_specs=[_whole_array(C, D), _tile_of(D, tile), _whole_array(C, 1)],
+        out_specs=[_tile_of(C, tile), _of_tile(C), *[_whole_array(C, 1)] * 5],
         out_shape=[
             jax.ShapeDtypeStruct((C, V), jnp.bfloat16),
             jax.ShapeDtypeStruct((V // tile, C, 1), jnp.float32),
-            *[column_of(jnp.float32)] * 4,
-            column_of(jnp.int32),
+            *[column(jnp.float32)] * 4,
+            column(jnp.int32),
         ],
         compiler_params=_compiler_params(),
         interpret=interpret,
         name="cross_entropy_exponentials",
     )(rows, lm_head, labels)
-    return exponentials, tile_tops, found
+    return exponentials, tile_tops, of_rows
+
+
+def _first_kernel(rows, head, labels, exponentials, tile_tops, *of_rows, V, num_columns, options):
+    top, normaliser, picked, total, best = of_rows
+    C, tile = exponentials.shape
+    first = pl.program_id(0) * tile
+
+    @pl.when(first == 0)
+    def _():
+        top[...] = jnp.full_like(top, _LOWEST)
+        for other in (normaliser, picked, total, best):
+            other[...] = jnp.zeros_like(other)
+
+    for start in range(0, C, BLOCK_ROWS):
+        at = pl.ds(start, min(BLOCK_ROWS, C - start))
+        logits = _product(rows[at], head[...])
+        column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + first
+        if num_columns != V:
+            logits = jnp.where(column < num_columns, logits, _LOWEST)
+        picked[at] += _row_sum(jnp.where(column == labels[at], logits, 0.0))
+        if options.label_smoothing:
+            total[at] += _row_sum(jnp.where(column < num_columns, logits, 0.0))
+        tile_top = jnp.max(logits, axis=1, keepdims=True)
+        if options.with_argmax:
+            here = jnp.min(jnp.where(logits == tile_top, column, V), axis=1, keepdims=True)
+            best[at] = jnp.where(tile_top > top[at], here, best[at])
+        new_top = jnp.maximum(top[at], tile_top)
+        values = jnp.exp(logits - new_top)
+        normaliser[at] = normaliser[at] * jnp.exp(top[at] - new_top) + _row_sum(values)
+        top[at] = new_top
+        tile_tops[0, at] = new_top
+        exponentials[at] = values.astype(jnp.bfloat16)
 
 
 def _gradients(rows, lm_head, exponentials, tile_tops, by_row, d_head, tile, interpret):
-    """Gradient of the rows, float32 `(C, D)`, and `d_head` plus the chunk's part; rows `(D, C)`."""
+    """Runs the second kernel.
+
+    Args:
+        rows: bfloat16 `(D, C)`.
+        lm_head, d_head: as of `chunk_gradients`.
+        exponentials, tile_tops: as of `_exponentials`.
+        by_row: five arrays `(C, 1)`: labels, logsumexp, the weights times the z-loss factor, the
+            gradient at the label, and the part of it that smoothing gives to every column.
+        tile, interpret: as of `chunk_gradients`.
+
+    Returns:
+        The gradient of the rows, float32 `(C, D)`, and `d_head` plus the chunk's part.
+    """
     (D, C), V = rows.shape, lm_head.shape[1]
-
-    def kernel(
-        rows, head, exponentials, tile_tops, labels, logsumexp, factor, at_label, uniform,
-        d_head_before, d_rows, d_head,
-    ):  # fmt: skip
-        first = pl.program_id(0) * tile
-
-        @pl.when(first == 0)
-        def _():
-            d_rows[...] = jnp.zeros_like(d_rows)
-
-        scale = jnp.exp(tile_tops[0] - logsumexp[...]) * factor[...]
-        d_logits = exponentials[...].astype(jnp.float32) * scale - uniform[...]
-        column = jax.lax.broadcasted_iota(jnp.int32, d_logits.shape, 1) + first
-        d_logits = jnp.where(column == labels[...], at_label[...], d_logits).astype(jnp.bfloat16)
-        d_rows[...] += _product(d_logits, head[...], transpose_b=True)
-        d_head[...] = d_head_before[...] + _product(rows[...], d_logits)
-
     return pl.pallas_call(
-        kernel,
+        _second_kernel,
         grid=(V // tile,),
         in_specs=[
-            _whole(D, C),
+            _whole_array(D, C),
             _tile_of(D, tile),
             _tile_of(C, tile),
             _of_tile(C),
-            *[_whole(C, 1)] * 5,
+            *[_whole_array(C, 1)] * 5,
             _tile_of(D, tile),
         ],
-        out_specs=[_whole(C, D), _tile_of(D, tile)],
+        out_specs=[_whole_array(C, D), _tile_of(D, tile)],
         out_shape=[
             jax.ShapeDtypeStruct((C, D), jnp.float32),
             jax.ShapeDtypeStruct((D, V), jnp.float32),
@@ -204,6 +209,23 @@ def _gradients(rows, lm_head, exponentials, tile_tops, by_row, d_head, tile, int
         interpret=interpret,
         name="cross_entropy_gradients",
     )(rows, lm_head, exponentials, tile_tops, *by_row, d_head)
+
+
+def _second_kernel(rows, head, exponentials, tile_tops, *by_row_and_d_head):
+    *by_row, d_head_before, d_rows, d_head = by_row_and_d_head
+    labels, logsumexp, factor, at_label, uniform = by_row
+    first = pl.program_id(0) * head.shape[1]
+
+    @pl.when(first == 0)
+    def _():
+        d_rows[...] = jnp.zeros_like(d_rows)
+
+    scale = jnp.exp(tile_tops[0] - logsumexp[...]) * factor[...]
+    d_logits = exponentials[...].astype(jnp.float32) * scale - uniform[...]
+    column = jax.lax.broadcasted_iota(jnp.int32, d_logits.shape, 1) + first
+    d_logits = jnp.where(column == labels[...], at_label[...], d_logits).astype(jnp.bfloat16)
+    d_rows[...] += _product(d_logits, head[...], transpose_b=True)
+    d_head[...] = d_head_before[...] + _product(rows[...], d_logits)
 
 
 def _product(a, b, transpose_b=False):
@@ -221,16 +243,18 @@ def _row_sum(values):
     return jnp.sum(values, axis=1, keepdims=True)
 
 
-def _whole(*shape):
-    """The whole array, in VMEM for all steps of the grid."""
+def _whole_array(*shape):
+    """Returns the spec of an array that is in VMEM for all steps of the grid."""
     return pl.BlockSpec(shape, lambda step: (0, 0))
 
 
 def _tile_of(height, tile):
+    """Returns the spec of an array `(height, V)`, one tile of columns a step."""
     return pl.BlockSpec((height, tile), lambda step: (0, step))
 
 
 def _of_tile(num_tokens):
+    """Returns the spec of an array `(number of tiles, num_tokens, 1)`, one tile a step."""
     return pl.BlockSpec((1, num_tokens, 1), lambda step: (step, 0, 0))
 
 

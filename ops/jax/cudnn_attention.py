@@ -1,25 +1,26 @@
-"""Attention on NVIDIA GPUs, Hopper and later: cuDNN's kernels, as far as they are exact.
+"""Attention on NVIDIA GPUs, Hopper and later, by cuDNN's kernels, where they are exact.
 
-Sinks and packed documents go through what `jax.nn.dot_product_attention` is made of, which is
-private to JAX. `jax.nn` alone would not do: it has no documents, and it drops the gradient of
-the logsumexp by which a sink could be put around its output.
+Everything goes through the functions under `jax.nn.dot_product_attention`, which are private to
+JAX. `jax.nn` itself takes no documents, and it drops the gradient of the logsumexp, through which
+a sink could be put around its output.
 """
 
 import functools
 
-from grug_keras.ops.attention_mask import AttentionMask
+from grug_keras.ops.attention_mask import AttentionMask, is_dense
+from grug_keras.ops.jax.attention_on_mesh import run_on_mesh
 from grug_keras.ops.jax.blockwise_attention import blockwise_attention
-from grug_keras.ops.jax.derivatives import once_differentiable
+from grug_keras.ops.jax.once_differentiable import once_differentiable
 import jax
 import jax.numpy as jnp
 
-# Of one example. cuDNN holds the statistics of all rows once for each, and JAX must know how
-# many; with more, the call runs in blocks.
+# Documents of one example. For each of them cuDNN holds the statistics of all rows, and JAX must
+# know their number when it compiles; examples with more run in blocks.
 MOST_DOCUMENTS = 16
 
 
 def why_no_cudnn():
-    """Why cuDNN's kernels cannot run on this machine, or None."""
+    """Returns why cuDNN's kernels cannot run on this machine, or None."""
     platform = jax.default_backend()
     capability = getattr(jax.local_devices()[0], "compute_capability", None)
     if platform != "gpu" or capability is None:
@@ -31,7 +32,7 @@ def why_no_cudnn():
 
 
 def why_not_cudnn(query, key, value, mask, *, logit_soft_cap=None, sinks=None):
-    """Why cuDNN's kernels cannot compute a call exactly, or None."""
+    """Returns why cuDNN's kernels cannot compute a call exactly, or None."""
     dtypes = {x.dtype.name for x in (query, key, value)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
         return f"takes bfloat16 or float16, query, key and value are {sorted(dtypes)}"
@@ -41,7 +42,7 @@ def why_not_cudnn(query, key, value, mask, *, logit_soft_cap=None, sinks=None):
         return f"has no logit_soft_cap, got {logit_soft_cap}"
     if mask is None:
         return None
-    if not isinstance(mask, AttentionMask):
+    if is_dense(mask):
         return "takes an AttentionMask, not a dense mask"
     if mask.sliding_window is not None and not mask.is_causal:
         return "takes a sliding_window only with is_causal=True"
@@ -54,8 +55,16 @@ def why_not_cudnn(query, key, value, mask, *, logit_soft_cap=None, sinks=None):
     return "has no sinks for packed documents" if sinks is not None else None
 
 
-def cudnn_attention(query, key, value, mask, sinks=None, *, logit_soft_cap=None, scale=1.0):
-    """`ops.attention` by cuDNN; arguments as checked there and by `why_not_cudnn`."""
+def cudnn(query, key, value, mask, *, sinks, logit_soft_cap, scale):
+    """Computes `ops.attention` by cuDNN, on every device of the mesh."""
+    why_not = why_not_cudnn(query, key, value, mask, logit_soft_cap=logit_soft_cap, sinks=sinks)
+    if why_not:
+        raise ValueError(f"implementation='cudnn' {why_not}")
+    return run_on_mesh(cudnn_attention, query, key, value, mask, sinks=sinks, scale=scale)
+
+
+def cudnn_attention(query, key, value, mask, sinks=None, *, scale=1.0):
+    """Computes `ops.attention` by cuDNN on one device, for calls that `why_not_cudnn` allows."""
     rules = AttentionMask(is_causal=False) if mask is None else mask
     static = (scale, rules.is_causal, rules.sliding_window)
     if rules.segment_ids is None:
@@ -63,12 +72,14 @@ def cudnn_attention(query, key, value, mask, sinks=None, *, logit_soft_cap=None,
         return _attention(query, key, value, sinks, static).astype(value.dtype)
     ids = rules.segment_ids[0]
     *documents, fits = find_documents(ids, MOST_DOCUMENTS)
-    return jax.lax.cond(
-        fits,
-        lambda q, k, v: _packed(q, k, v, ids, documents, static).astype(value.dtype),
-        lambda q, k, v: blockwise_attention(q, k, v, mask, scale=scale),
-        query, key, value,
-    )  # fmt: skip
+
+    def by_cudnn(q, k, v):
+        return _packed(q, k, v, ids, documents, static).astype(value.dtype)
+
+    def in_blocks(q, k, v):
+        return blockwise_attention(q, k, v, mask, scale=scale)
+
+    return jax.lax.cond(fits, by_cudnn, in_blocks, query, key, value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -80,7 +91,7 @@ def _forward(query, key, value, sinks, static):
     query, key, value, sinks = once_differentiable("attention", (query, key, value, sinks))
     out, logsumexp = forward_kernel(query, key, value, static)
     if sinks is not None:
-        # What the sink leaves of the softmax, and the logsumexp that includes it.
+        # The share of the softmax that the sink leaves, and the logsumexp that includes it.
         left = jax.nn.sigmoid(logsumexp - sinks[:, None])
         out = (out * left.swapaxes(1, 2)[..., None]).astype(out.dtype)
         logsumexp = jnp.logaddexp(logsumexp, sinks[:, None])
@@ -102,60 +113,66 @@ _attention.defvjp(_forward, _backward)
 
 
 def forward_kernel(query, key, value, static):
-    """Output `(B, S, N, H)` and logsumexp `(B, N, S)`, without gradients."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+    """Returns the output `(B, S, N, H)` and the logsumexp `(B, N, S)`, without gradients."""
+    from jax._src.cudnn import fused_attention_stablehlo as kernels
 
-    scale, is_causal, window = static
-    return cudnn.dot_product_attention(
-        query, key, value, scale=scale, mask_type=_mask_type(cudnn, is_causal),
-        sliding_window_length=window, return_residual=True,
-    )  # fmt: skip
+    options = _kernel_options(kernels, static)
+    return kernels.dot_product_attention(query, key, value, **options, return_residual=True)
 
 
 def backward_kernel(query, key, value, out, logsumexp, d_out, static):
-    """Gradients to query, key and value, of the softmax `exp(logits - logsumexp)`."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+    """Returns the gradients of query, key and value, of the softmax `exp(logits - logsumexp)`."""
+    from jax._src.cudnn import fused_attention_stablehlo as kernels
 
     scale, is_causal, window = static
     unused = (jnp.zeros(0, query.dtype),) * 7
     kept = (query, key, value, *unused, logsumexp, out)
     no_dropout, no_bias = (42, 0.0), (False, False)
-    layout, version = cudnn.AttentionLayout.BTNH.value, cudnn.check_cudnn_version()
-    return cudnn._dot_product_attention_bwd_rule(
-        scale, *no_dropout, no_bias, _mask_type(cudnn, is_causal), layout, window, version, False,
-        kept, d_out,
-    )[:3]  # fmt: skip
+    layout, version = kernels.AttentionLayout.BTNH.value, kernels.check_cudnn_version()
+    options = (no_bias, _mask_type(kernels, is_causal), layout, window, version, False)
+    return kernels._dot_product_attention_bwd_rule(scale, *no_dropout, *options, kept, d_out)[:3]
 
 
 def _packed(query, key, value, ids, documents, static):
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+    """Returns the output for packed documents; JAX's own rule makes the gradients."""
+    from jax._src.cudnn import fused_attention_stablehlo as kernels
 
-    scale, is_causal, window = static
     offsets, lengths = documents
-    out = cudnn.dot_product_attention(
-        query, key, value, q_seqlen=lengths, kv_seqlen=lengths, q_offsets=offsets,
-        kv_offsets=offsets, scale=scale, mask_type=_mask_type(cudnn, is_causal),
-        sliding_window_length=window,
-    )  # fmt: skip
+    out = kernels.dot_product_attention(
+        query,
+        key,
+        value,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        **_kernel_options(kernels, static),
+    )
     # Nothing is written to rows of padding.
     return jnp.where((ids != 0)[..., None, None], out, jnp.zeros((), out.dtype))
 
 
-def _mask_type(cudnn, is_causal):
-    return cudnn.MaskType.CAUSAL if is_causal else cudnn.MaskType.NO_MASK
+def _kernel_options(kernels, static):
+    scale, is_causal, window = static
+    mask_type = _mask_type(kernels, is_causal)
+    return {"scale": scale, "mask_type": mask_type, "sliding_window_length": window}
+
+
+def _mask_type(kernels, is_causal):
+    return kernels.MaskType.CAUSAL if is_causal else kernels.MaskType.NO_MASK
 
 
 def find_documents(ids, most):
-    """Where documents begin and how long they are, in cuDNN's terms.
+    """Returns where documents begin and how long they are, as cuDNN takes them.
 
     Args:
         ids: int array `(B, S)`, 0 is padding.
-        most: int, M, how many of an example there is room for.
+        most: int, M, the most documents of an example that the arrays have room for.
 
     Returns:
-        int32 arrays: offsets `(B, M + 1)`, where documents begin and then where the last one
-        ends, and lengths `(B, M)`, filled up with -1; and a bool, whether that is all: no
-        example has more documents, and none has a document in several parts.
+        offsets: int32 `(B, M + 1)`, where documents begin, then where the last one ends, then -1.
+        lengths: int32 `(B, M)`, filled up with -1.
+        fits: bool scalar, False if an example has more documents, or one in several parts.
     """
     ids = ids.astype(jnp.int32)
     before = jnp.pad(ids, ((0, 0), (1, 0)))[:, :-1]

@@ -4,61 +4,63 @@ from grug_keras.ops.attention_blocks import (
     Blocks,
     MaskBlocks,
     by_head,
-    finish,
     from_column_blocks,
     from_row_blocks,
     in_column_blocks,
     in_row_blocks,
-    logit_gradients,
-    nothing_seen,
-    over_columns,
-    over_rows,
     refuse_float64,
-    see_block,
-    sink_weights,
 )
-from grug_keras.ops.torch import derivatives
+from grug_keras.ops.online_softmax import (
+    finish_rows,
+    initial_state,
+    multiply_rows,
+    sink_weights,
+    sum_over_rows,
+    update_state,
+    weights_and_logit_gradients,
+)
+from grug_keras.ops.torch.once_differentiable import once_differentiable
 import torch
 
 
 @torch.compiler.disable  # one break in the graph instead of many: it would unroll all blocks
 def blockwise(query, key, value, mask, *, sinks, logit_soft_cap, scale):
-    """`ops.attention` in blocks; arguments as checked there."""
+    """Computes `ops.attention` in blocks; arguments as checked there."""
     refuse_float64(query, key, value)
     blocks = Blocks.of(mask, query.shape[1], key.shape[1], logit_soft_cap, scale)
-    return _Attention.apply(query, key, value, sinks, MaskBlocks(mask, blocks), blocks)
+    return _Attention.apply(query, key, value, sinks, MaskBlocks.of(mask, blocks))
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, sinks, masks, blocks):
-        K = key.shape[2]
+    def forward(ctx, query, key, value, sinks, masks):
+        K, blocks = key.shape[2], masks.blocks
         q = in_row_blocks(query, K, blocks)
         k, v = in_column_blocks(key, blocks), in_column_blocks(value, blocks)
-        found, sink_rows = [], by_head(sinks, K)
+        row_blocks, sink_rows = [], by_head(sinks, K)
         for i in range(len(q)):
-            state = nothing_seen(q[i])
+            state = initial_state(q[i])
             for j in _range(masks.columns_of(i, len(k))):
-                state = see_block(state, q[i], k[j], v[j], masks.allowed(i, j), blocks)
-            found.append(finish(state, sink_rows, value.dtype))
-        out, logsumexp = map(torch.stack, zip(*found, strict=True))
+                state = update_state(state, q[i], k[j], v[j], masks.allowed(i, j), blocks)
+            row_blocks.append(finish_rows(state, sink_rows, value.dtype))
+        out, logsumexp = map(torch.stack, zip(*row_blocks, strict=True))
         out = from_row_blocks(out, query.shape[1])
         ctx.save_for_backward(query, key, value, sinks, out, logsumexp)
-        ctx.masks, ctx.blocks = masks, blocks
+        ctx.masks = masks
         return out
 
     @staticmethod
     def backward(ctx, d_output):
         query, key, value, sinks, *_ = ctx.saved_tensors
         with torch.no_grad():
-            gradients = _gradients(d_output, *ctx.saved_tensors, ctx.masks, ctx.blocks)
+            gradients = _gradients(d_output, *ctx.saved_tensors, ctx.masks)
         sources = (query, key, value, value if sinks is None else sinks)
-        return *derivatives.finish("attention", gradients, sources), None, None
+        return *once_differentiable("attention", gradients, sources), None
 
 
-def _gradients(d_output, query, key, value, sinks, out, logsumexp, masks, blocks):
-    """Float32 gradients to query, key, value and sinks."""
-    K = key.shape[2]
+def _gradients(d_output, query, key, value, sinks, out, logsumexp, masks):
+    """Returns the float32 gradients of query, key, value and sinks."""
+    K, blocks = key.shape[2], masks.blocks
     q, out, d_out = (in_row_blocks(x, K, blocks) for x in (query, out, d_output))
     k, v = in_column_blocks(key, blocks), in_column_blocks(value, blocks)
     delta = torch.stack([(o.float() * d.float()).sum(-1) for o, d in zip(out, d_out, strict=True)])
@@ -66,19 +68,19 @@ def _gradients(d_output, query, key, value, sinks, out, logsumexp, masks, blocks
     d_k, d_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
     for i in range(len(q)):
         for j in _range(masks.columns_of(i, len(k))):
-            weights, d_logits = logit_gradients(
-                q[i], k[j], v[j], d_out[i], delta[i], logsumexp[i], masks.allowed(i, j), blocks
+            of_rows, allowed = (d_out[i], delta[i], logsumexp[i]), masks.allowed(i, j)
+            weights, d_logits = weights_and_logit_gradients(
+                q[i], k[j], v[j], *of_rows, allowed, blocks
             )
-            d_q[i] += over_columns(d_logits, k[j])
-            d_k[j] += over_rows(d_logits, q[i])
-            d_v[j] += over_rows(weights, d_out[i])
+            d_q[i] += multiply_rows(d_logits, k[j])
+            d_k[j] += sum_over_rows(d_logits, q[i])
+            d_v[j] += sum_over_rows(weights, d_out[i])
     d_sinks = None
     if sinks is not None:
         taken = sink_weights(by_head(sinks, K), logsumexp)
         d_sinks = -(taken * delta).sum(dim=(0, 1, 4)).reshape(-1)
-    d_q = from_row_blocks(d_q, query.shape[1])
     return (
-        d_q,
+        from_row_blocks(d_q, query.shape[1]),
         from_column_blocks(d_k, key.shape[1]),
         from_column_blocks(d_v, key.shape[1]),
         d_sinks,

@@ -1,4 +1,4 @@
-"""Attention by PyTorch's FlexAttention: for GPUs, where it makes one kernel of all the rules.
+"""Attention by PyTorch's FlexAttention, which on GPUs compiles one kernel for all the rules.
 
 https://pytorch.org/docs/stable/nn.attention.flex_attention.html
 """
@@ -8,7 +8,7 @@ import functools
 import importlib.util
 
 from grug_keras.ops.attention_blocks import block_pairs, documents_meet, in_blocks
-from grug_keras.ops.attention_mask import AttentionMask
+from grug_keras.ops.attention_mask import AttentionMask, is_dense
 import torch
 
 try:
@@ -21,7 +21,7 @@ BLOCK = 128
 
 @dataclasses.dataclass(frozen=True)
 class _Rules:
-    """What `block_pairs` asks for."""
+    """The rules and block sizes that `block_pairs` reads."""
 
     is_causal: bool
     sliding_window: int | None
@@ -30,7 +30,7 @@ class _Rules:
 
 
 def why_no_flex():
-    """Why FlexAttention cannot train here, or None."""
+    """Returns why FlexAttention cannot train on this machine, or None."""
     if flex_attention is None:
         return f"FlexAttention needs PyTorch 2.9 or later, this is {torch.__version__}"
     if not torch.cuda.is_available():
@@ -40,9 +40,23 @@ def why_no_flex():
     return None
 
 
+def flex_takes(query, key, value, mask):
+    """Returns whether the kernels take a call: on a GPU, one dtype, a head_dim of 16 or more."""
+    one_dtype = query.dtype == key.dtype == value.dtype
+    return not is_dense(mask) and query.is_cuda and one_dtype and query.shape[-1] >= 16
+
+
 def flex(query, key, value, mask, *, sinks, logit_soft_cap, scale, compiled=True):
-    """`ops.attention` by FlexAttention; arguments as checked there, the mask not dense."""
-    if not (mask is None or isinstance(mask, AttentionMask)):
+    """Computes `ops.attention` with FlexAttention; arguments as checked there.
+
+    Args:
+        query, key, value, mask, sinks, logit_soft_cap, scale: as of `ops.attention`.
+        compiled: bool. Without it PyTorch materializes all logits, also on a CPU.
+
+    Raises:
+        ValueError: for a dense mask.
+    """
+    if is_dense(mask):
         raise ValueError("implementation='flex' takes an AttentionMask, not a dense mask")
     mask = AttentionMask(is_causal=False) if mask is None else mask
     S, T, K = query.shape[1], key.shape[1], key.shape[2]
@@ -54,18 +68,24 @@ def flex(query, key, value, mask, *, sinks, logit_soft_cap, scale, compiled=True
     run = _compiled() if compiled else flex_attention
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out, aux = run(
-        q, k, v, score_mod=_soft_cap(logit_soft_cap), block_mask=plan, scale=scale,
-        enable_gqa=q.shape[1] != K, return_aux=AuxRequest(lse=True),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        score_mod=_soft_cap(logit_soft_cap),
+        block_mask=plan,
+        scale=scale,
+        enable_gqa=q.shape[1] != K,
+        return_aux=AuxRequest(lse=True),
+    )
     if sinks is not None:
-        # What a sink leaves of the softmax; FlexAttention has the gradient of the logsumexp.
+        # The share of the softmax that a sink leaves; gradients flow through the logsumexp too.
         left = torch.sigmoid(aux.lse - sinks.float().clamp(-1e30, 1e30)[:, None])
         out = out * left[..., None]
     return out.transpose(1, 2).to(value.dtype)
 
 
-def plan_documents(mask):
-    """The `BlockMask` of an `AttentionMask` with documents, for all layers that share it."""
+def plan_for_flex(mask):
+    """Returns the `BlockMask` of a mask with segment ids, or None if flex cannot run there."""
     query_ids, key_ids = mask.segment_ids
     if why_no_flex() or not query_ids.is_cuda:
         return None
@@ -73,7 +93,15 @@ def plan_documents(mask):
 
 
 def block_mask(mask, num_queries, num_keys, device):
-    """The blocks to visit, found by ranges of documents: the S x T mask is never made."""
+    """Returns the `BlockMask` of a mask, from the range of documents in each block.
+
+    `create_block_mask` of PyTorch would make the `(S, T)` mask first.
+
+    Args:
+        mask: `AttentionMask`.
+        num_queries, num_keys: int, S and T.
+        device: `torch.device`.
+    """
     rules = _Rules(mask.is_causal, mask.sliding_window)
     count = -(-num_queries // BLOCK), -(-num_keys // BLOCK)
     visits = torch.as_tensor(block_pairs(*count, rules), device=device)[None]
@@ -85,7 +113,7 @@ def block_mask(mask, num_queries, num_keys, device):
         visits.sum(-1, dtype=torch.int32)[:, None],
         order.to(torch.int32)[:, None],
         BLOCK_SIZE=BLOCK,
-        mask_mod=_allowed(mask),
+        mask_mod=_pair_allowed(mask),
         seq_lengths=(num_queries, num_keys),
     )
 
@@ -95,20 +123,20 @@ def _block_mask_of_rules(is_causal, sliding_window, num_queries, num_keys, devic
     return block_mask(AttentionMask(is_causal, sliding_window), num_queries, num_keys, device)
 
 
-def _allowed(mask):
-    """The mask's rules for one pair of positions."""
+def _pair_allowed(mask):
+    """Returns the mask's rules as a function of one pair of positions, for FlexAttention."""
     ids = mask.segment_ids
 
     def allowed(b, h, query, key):
-        found = key >= 0
+        result = key >= 0
         if mask.is_causal:
-            found = found & (key <= query)
+            result = result & (key <= query)
         if mask.sliding_window is not None:
-            found = found & (key > query - mask.sliding_window)
+            result = result & (key > query - mask.sliding_window)
         if ids is not None:
             own = ids[0][b, query]
-            found = found & (own == ids[1][b, key]) & (own != 0)
-        return found
+            result = result & (own == ids[1][b, key]) & (own != 0)
+        return result
 
     return allowed
 

@@ -10,25 +10,28 @@ from grug_keras.ops.chunk_loss import (
     chunk_loss,
     chunk_tokens,
     finish_statistics,
-    no_statistics,
+    initial_statistics,
     soft_cap,
     update_statistics,
 )
-from grug_keras.ops.tensorflow.derivatives import finish
+from grug_keras.ops.tensorflow.once_differentiable import once_differentiable
 from keras import ops
 import tensorflow as tf
 from tensorflow.python.eager import record  # nothing public tells whether a tape watches
 
 OP = "fused_linear_cross_entropy"
+# Logits of a token chunk.
 CHUNK_LOGITS = {"CPU": 2**24, "GPU": 2**29}
+# Parts that the head's gradient is summed in.
 SLABS = 8
-MOST_COLUMNS = 512  # half a dozen temporaries of a vocabulary chunk live side by side
+# Of a vocabulary chunk, of which half a dozen temporaries are alive at a time.
+MOST_COLUMNS = 512
 
 
 def chunked_total(hidden, lm_head, labels, weights, options):
-    """Weighted sum of the losses, and `TokenStatistics`; gradients in the forward pass.
+    """Returns the weighted sum of the losses, and `TokenStatistics`.
 
-    Where no tape watches (evaluation) there is only a forward pass.
+    The forward pass also makes the gradients, if a tape watches.
     """
     lm_head = _tensor(lm_head)
     if not record.should_record_backprop([hidden, lm_head, weights]):
@@ -40,9 +43,8 @@ def chunked_total(hidden, lm_head, labels, weights, options):
         statistics, d_hidden, d_head = _loop(hidden, lm_head, labels, weights, options)
 
         def gradient(cotangent, *_):
-            found = (d_hidden, d_head, statistics.losses)
-            sources = (hidden, lm_head, weights)
-            return finish(OP, [cotangent * g for g in found], sources)
+            gradients = [cotangent * g for g in (d_hidden, d_head, statistics.losses)]
+            return once_differentiable(OP, gradients, (hidden, lm_head, weights))
 
         return (tf.reduce_sum(weights * statistics.losses), *statistics), gradient
 
@@ -51,7 +53,7 @@ def chunked_total(hidden, lm_head, labels, weights, options):
 
 
 def chunked_losses(hidden, lm_head, labels, options):
-    """`TokenStatistics`; the losses may have any cotangent, for one product more."""
+    """Returns `TokenStatistics`; any cotangent of the losses costs one product more."""
 
     @tf.custom_gradient
     def losses_with_gradient(hidden, lm_head):
@@ -60,7 +62,7 @@ def chunked_losses(hidden, lm_head, labels, options):
 
         def gradient(cotangent, *_):
             _, d_hidden, d_head = _loop(hidden, lm_head, labels, cotangent, options)
-            return finish(OP, (d_hidden, d_head), (hidden, lm_head))
+            return once_differentiable(OP, (d_hidden, d_head), (hidden, lm_head))
 
         return tuple(statistics), gradient
 
@@ -68,19 +70,22 @@ def chunked_losses(hidden, lm_head, labels, options):
 
 
 def match_rows(hidden, labels, weights):
-    """Labels and weights of as many rows as turn up; one would else be broadcast to all."""
-    shape, found = tf.shape(hidden)[:-1], []
+    """Returns labels and weights, checked when the step runs to have a number for every row.
+
+    One number would else be broadcast to all rows.
+    """
+    shape, matched = tf.shape(hidden)[:-1], []
     for name, array in (("labels", labels), ("weights", weights)):
         message = f"{name} must have one number for every row of hidden"
         check = tf.debugging.assert_equal(tf.shape(array), shape, message=message)
         # XLA leaves assertions out, and other graphs leave out such a reshape.
         with tf.control_dependencies([] if check is None else [check]):
-            found.append(tf.reshape(array, shape))
-    return found
+            matched.append(tf.reshape(array, shape))
+    return matched
 
 
 def _loop(*arguments):
-    """Statistics of all tokens, and the float32 gradients of their weighted sum."""
+    """Returns the statistics of all tokens, and the float32 gradients of their weighted sum."""
     with record.stop_recording():  # an eager tape would hold every chunk's logits
         return _unrecorded_loop(*arguments)
 
@@ -104,9 +109,8 @@ def _unrecorded_loop(hidden, lm_head, labels, weights, options):
         )
         d_rows = scale * tf.matmul(d_logits, kernel, transpose_b=True)
         slabs = _add_product(slabs, scale * rows, d_logits)
-        found = (*statistics, d_rows)
-        outputs = tuple(array.write(i, part) for array, part in zip(outputs, found, strict=True))
-        return i + 1, slabs, outputs
+        parts = zip(outputs, (*statistics, d_rows), strict=True)
+        return i + 1, slabs, tuple(array.write(i, part) for array, part in parts)
 
     # One chunk at a time: parallel iterations would each hold their logits.
     _, slabs, outputs = tf.while_loop(
@@ -122,34 +126,34 @@ def _unrecorded_loop(hidden, lm_head, labels, weights, options):
 
 
 def _losses_alone(hidden, lm_head, labels, options):
-    """`TokenStatistics`, a chunk of the vocabulary at a time, all tokens in each."""
+    """Returns `TokenStatistics`, from one chunk of the vocabulary after the other."""
     kernel, rows = _float32_kernel(lm_head, hidden), tf.cast(hidden, tf.float32)
     num_columns = kernel.shape[1]
 
-    def update(start, width, found):
+    def update(start, width, running):
         logits = tf.matmul(rows, tf.slice(kernel, (0, start), (-1, width)))
         capped = soft_cap(logits, options.logit_soft_cap)
-        return update_statistics(found, capped, labels, start, options)
+        return update_statistics(running, capped, labels, start, options)
 
     size = chunk_columns(hidden.shape[0], num_columns, MOST_COLUMNS)
     full, rest = divmod(num_columns, size)
-    _, found = tf.while_loop(
+    _, running = tf.while_loop(
         lambda i, _: i < full,
-        lambda i, found: (i + 1, update(i * size, size, found)),
-        (0, no_statistics(tf.shape(hidden)[0])),
+        lambda i, running: (i + 1, update(i * size, size, running)),
+        (0, initial_statistics(tf.shape(hidden)[0])),
         parallel_iterations=1,
     )
-    found = update(full * size, rest, found) if rest else found
-    return finish_statistics(found, options, Columns(num_columns))
+    running = update(full * size, rest, running) if rest else running
+    return finish_statistics(running, options, Columns(num_columns))
 
 
 def _float32_kernel(lm_head, hidden):
-    """The head rounded to the dtype of hidden, as a product in that dtype would see it."""
+    """Returns the head in float32, rounded first to the dtype of hidden."""
     return tf.cast(tf.cast(lm_head, hidden.dtype), tf.float32)
 
 
 def _chunk_loss(logits, labels, weights, options):
-    """`chunk_loss` with its gradient as two factors: `(C, V)`, and one number `(C, 1)` a row."""
+    """Returns what `chunk_loss` does, its gradient as two factors `(C, V)` and `(C, 1)`."""
     if options.z_loss or options.label_smoothing or options.logit_soft_cap is not None:
         statistics, gradient = chunk_loss(logits, labels, weights, options)
         return statistics, gradient, 1.0
@@ -164,7 +168,7 @@ def _chunk_loss(logits, labels, weights, options):
 
 
 def _add_product(slabs, rows, d_logits):
-    """The slabs plus those of `rows^T @ d_logits`, one after the other."""
+    """Returns the slabs plus those of `rows^T @ d_logits`, made one after the other."""
     sums, start = [], 0
     for slab in slabs:
         stop = start + slab.shape[1]
@@ -182,7 +186,7 @@ def _slab_widths(num_columns):
 
 
 def _chunk_tokens(hidden, kernel, options):
-    """As `chunk_tokens`, also of a number of tokens that only the running program knows."""
+    """Returns the tokens of a chunk, also where only the running program knows their number."""
     device = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
     size = options.chunk_size or chunk_tokens(
         hidden.shape[0], kernel.shape[1], CHUNK_LOGITS[device]
@@ -199,7 +203,7 @@ def _ceil_div(a, b):
 
 
 def _stack(array, size):
-    """Pads `(T, ...)` with zeros and stacks its chunks, at least one: `(T / C, C, ...)`."""
+    """Reshapes `(T, ...)` to chunks `(T / C, C, ...)`, at least one, padded with zeros."""
     trailing, num_tokens = array.shape[1:], tf.shape(array)[0]
     padding = size * tf.maximum(_ceil_div(num_tokens, size), 1) - num_tokens
     array = tf.pad(array, [[0, padding]] + [[0, 0]] * len(trailing))
@@ -207,5 +211,5 @@ def _stack(array, size):
 
 
 def _tensor(lm_head):
-    """From a Keras variable too; of one, Keras makes a `tf.Variable`."""
+    """Returns a tensor, also of a Keras variable, of which Keras makes a `tf.Variable`."""
     return tf.convert_to_tensor(ops.convert_to_tensor(lm_head))

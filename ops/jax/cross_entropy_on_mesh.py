@@ -1,9 +1,9 @@
-"""Where the linear cross-entropy runs: on one device, or in a `shard_map` over Keras's mesh.
+"""Runs one device's linear cross-entropy on every device of Keras's mesh.
 
-Tokens are split over the data axis, and over every other axis that does not split the
-vocabulary. A head split over such axes is gathered once, before the loop over chunks, and its
-gradient is reduced once, after it (per-chunk gathers cost half a step: TRL #5575). An axis that
-splits the vocabulary and no tokens stays: each device makes the logits of its own columns.
+The data axis splits the tokens, and so does every other axis that does not split the vocabulary.
+A head that such axes split is gathered once, before the loop over chunks, and its gradient is
+reduced once, after it (a gather for each chunk cost half a step: TRL #5575). An axis that splits
+the vocabulary and no tokens stays: each device makes the logits of its own columns.
 """
 
 import dataclasses
@@ -17,9 +17,14 @@ import keras
 
 
 class SplitColumns(Columns):
-    """One device's share of a vocabulary that mesh axes split."""
+    """The columns of one device, where mesh axes split the vocabulary.
 
-    whole = False
+    Args:
+        count: int, columns of one device.
+        axes: tuple of str, the axes that split them.
+    """
+
+    is_split = True
 
     def __init__(self, count, axes):
         self.axes = axes
@@ -42,7 +47,7 @@ class SplitColumns(Columns):
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How the arrays of one call lie on the mesh.
+    """How the mesh splits the arrays of one call.
 
     Attributes:
         mesh: `jax.sharding.Mesh`, or None for one device.
@@ -56,11 +61,11 @@ class Placement:
 
     @classmethod
     def of(cls, lm_head):
-        """Reads the Keras distribution and the layout of the head.
+        """Returns the placement that the Keras distribution and the layout of the head ask for.
 
         Args:
-            lm_head: `keras.Variable`, whose layout the distribution knows, or a tensor; one
-                whose sharding cannot be seen is taken as whole, and the compiler gathers it.
+            lm_head: `keras.Variable`, whose layout the distribution knows, or a tensor. If the
+                sharding of a tensor cannot be seen, the compiler gathers it.
         """
         distribution = keras.distribution.distribution()
         if distribution is None or math.prod(distribution.device_mesh.shape) == 1:
@@ -75,13 +80,13 @@ class Placement:
         kept = tuple(axis for axis in head_axes[1] if axis != data)
         if head_axes[1][: len(kept)] != kept:  # else a gather would leave holes in the columns
             kept = ()
-        # The data axis first: there the tokens lie already.
+        # The data axis comes first: it splits the tokens already.
         token_axes = sorted((axis for axis in used if axis not in kept), key=lambda a: a != data)
         token_axes = tuple(token_axes)
         return cls(mesh, token_axes, head_axes)
 
     def run(self, method, hidden, lm_head, labels, weights, logsumexp, options):
-        """Runs `method` on each device's part of the arrays.
+        """Runs a method on each device's part of the arrays.
 
         Args:
             method: function of one device's `(hidden, lm_head, labels, weights, logsumexp,
@@ -91,7 +96,7 @@ class Placement:
             options: `LossOptions`.
 
         Returns:
-            What `method` returns, for all tokens.
+            The same three for all tokens.
         """
         if self.mesh is None:
             lm_head = lm_head.astype(hidden.dtype)

@@ -1,15 +1,19 @@
-"""Refusing the derivative of a gradient that was written by hand."""
+"""Refuses a second derivative of gradients that were written by hand."""
 
 import torch
 
 
-def finish(op, gradients, sources):
-    """Gradients in the dtypes of what they belong to, which cannot be differentiated.
+def once_differentiable(op, gradients, sources):
+    """Returns gradients in the dtypes of their sources, of which no derivative can be taken.
 
     Args:
         op: str, for the message.
         gradients: tensors or None.
-        sources: as many tensors, the first of which stands for all in a second derivative.
+        sources: as many tensors, those that the gradients belong to. The first one stands for
+            all of them in a second derivative.
+
+    Returns:
+        List of tensors or None. Differentiating one raises NotImplementedError.
     """
     pairs = zip(gradients, sources, strict=True)
     gradients = [None if g is None else g.to(source.dtype) for g, source in pairs]

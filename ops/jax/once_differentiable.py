@@ -1,4 +1,4 @@
-"""Refusing the derivative of a gradient that was written by hand."""
+"""Refuses a second derivative of gradients that were written by hand."""
 
 import functools
 
@@ -7,9 +7,9 @@ import jax
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def once_differentiable(op, arrays):
-    """The arrays as they are, for the forward pass of a `jax.custom_vjp`.
+    """Returns the arrays as they are, for the forward pass of a `jax.custom_vjp`.
 
-    Only a derivative of the derivative asks for theirs.
+    The first derivative does not differentiate that pass; only a second one does.
 
     Args:
         op: str, for the message.

@@ -1,9 +1,10 @@
 """Linear cross-entropy on JAX: loops over chunks of tokens, or of the vocabulary.
 
-Losses alone come from vocabulary chunks, which update running softmax statistics. Gradients
-come from token chunks, in the forward pass when the loss is one number: three matrix products
-in all. A cotangent for every token, or gradients by vocabulary chunks, need the logits once
-more: four products. The loops see the arrays of one device; `sharding.py` runs them on a mesh.
+Losses without gradients come from vocabulary chunks, which update running softmax statistics.
+Gradients come from token chunks, in the forward pass when the loss is one number: three matrix
+products in all. A cotangent for every token, or gradients by vocabulary chunks, need the logits
+once more: four products. The loops see one device's arrays; `cross_entropy_on_mesh.py` runs them
+on a mesh.
 """
 
 import dataclasses
@@ -14,20 +15,20 @@ from grug_keras.ops.chunk_loss import (
     chunk_loss,
     chunk_tokens,
     finish_statistics,
+    initial_statistics,
     logit_gradients,
-    no_statistics,
     soft_cap,
     update_statistics,
 )
-from grug_keras.ops.jax.derivatives import once_differentiable
-from grug_keras.ops.jax.sharding import Placement
+from grug_keras.ops.jax.cross_entropy_on_mesh import Placement
+from grug_keras.ops.jax.once_differentiable import once_differentiable
 import jax
 import jax.numpy as jnp
 import keras
 
 OP = "fused_linear_cross_entropy"
-# Logits of a token chunk. It reads the head and updates the head's gradient once, so that
-# larger chunks are faster; measured in docs/cross_entropy.md.
+# Logits of a token chunk. Each chunk reads the head and updates the head's gradient, so that
+# larger ones are faster; measured in docs/cross_entropy.md.
 CHUNK_LOGITS = {"cpu": 20_000_000, "tpu": 2**28, "cuda": 2**29, "rocm": 2**29}
 # And at most so many for each element of the head: on TPU a chunk takes 6 bytes a logit, the
 # head's gradient 4 an element, and a narrow head needs no more memory than it has to.
@@ -37,32 +38,35 @@ TILE_ROWS = 16
 
 
 def chunked_total(hidden, lm_head, labels, weights, options):
-    """Weighted sum of the losses, and `TokenStatistics`; gradients in the forward pass."""
+    """Returns the weighted sum of the losses, and `TokenStatistics`.
+
+    If it is differentiated, the forward pass makes the gradients.
+    """
     placement = Placement.of(lm_head)
     return _total(by_tokens, hidden, _tensor(lm_head), labels, weights, options, placement)
 
 
 def chunked_losses(hidden, lm_head, labels, options):
-    """`TokenStatistics`; gradients by token chunks, for any cotangent of the losses."""
+    """Returns `TokenStatistics`; gradients by token chunks, for any cotangent of the losses."""
     placement = Placement.of(lm_head)
     return _statistics(by_tokens, hidden, _tensor(lm_head), labels, options, placement)
 
 
 def streaming_losses(hidden, lm_head, labels, options):
-    """`TokenStatistics`; gradients by vocabulary chunks, for any cotangent of the losses."""
+    """Returns `TokenStatistics`; gradients by vocabulary chunks, for any cotangent."""
     placement = Placement.of(lm_head)
     return _statistics(by_vocabulary, hidden, _tensor(lm_head), labels, options, placement)
 
 
 def pallas_total(hidden, lm_head, labels, weights, options):
-    """As `chunked_total`, with the kernels."""
+    """Computes `chunked_total` with the Pallas kernels."""
     _check_kernels_fit(hidden, options)
     placement = Placement.of(lm_head)
     return _total(by_kernels, hidden, _tensor(lm_head), labels, weights, options, placement)
 
 
 def pallas_losses(hidden, lm_head, labels, options):
-    """As `chunked_losses`, with the kernels."""
+    """Computes `chunked_losses` with the Pallas kernels."""
     _check_kernels_fit(hidden, options)
     placement = Placement.of(lm_head)
     return _statistics(by_kernels, hidden, _tensor(lm_head), labels, options, placement)
@@ -76,9 +80,7 @@ def _total(method, hidden, lm_head, labels, weights, options, placement):
 
 
 def _total_forward(method, hidden, lm_head, labels, weights, options, placement):
-    hidden, lm_head, weights = once_differentiable(
-        "fused_linear_cross_entropy", (hidden, lm_head, weights)
-    )
+    hidden, lm_head, weights = once_differentiable(OP, (hidden, lm_head, weights))
     statistics, d_hidden, d_head = placement.run(
         method, hidden, lm_head, labels, weights, None, options
     )
@@ -126,19 +128,19 @@ _statistics.defvjp(_statistics_forward, _statistics_backward)
 
 
 def by_tokens(hidden, lm_head, labels, weights, logsumexp, options, columns):
-    """Statistics and gradients of one device's tokens, a chunk of them at a time.
+    """Returns the statistics and gradients of one device's tokens, by chunks of tokens.
 
     Args:
         hidden, lm_head: `(T, D)` and `(D, columns)`, one dtype.
         labels: int32 `(T,)`.
         weights: float32 `(T,)`.
-        logsumexp: not needed: every chunk sees whole rows.
+        logsumexp: not used; `by_vocabulary` needs it.
         options: `LossOptions`.
         columns: `Columns`.
 
     Returns:
-        `TokenStatistics` and the gradients of `sum(weights * losses)`: to hidden, in
-        `gradient_dtype` (float32 if summed over devices yet), and to lm_head, in float32.
+        `TokenStatistics` and the gradients of `sum(weights * losses)`: that of hidden in
+        `gradient_dtype` (float32 if devices have yet to sum it), that of lm_head in float32.
     """
 
     def scan(arrays, size):
@@ -183,7 +185,7 @@ def _scan_tokens(arrays, lm_head, options, columns, size):
 
 
 def by_kernels(hidden, lm_head, labels, weights, logsumexp, options, columns):
-    """As `by_tokens`, with the Pallas kernels; interpreted, slowly, where there is no TPU."""
+    """Computes `by_tokens` with the Pallas kernels, interpreted where there is no TPU."""
     from grug_keras.ops.jax import cross_entropy_kernels as kernels
 
     (T, D), V = hidden.shape, lm_head.shape[1]
@@ -211,13 +213,13 @@ def by_kernels(hidden, lm_head, labels, weights, logsumexp, options, columns):
 
 
 def _scan(one_chunk, arrays, lm_head, columns, size):
-    """Scans `one_chunk(d_head, chunk) -> (d_head, (statistics, d_rows))`, `size` tokens each."""
+    """Scans `one_chunk(d_head, chunk) -> (d_head, (statistics, d_rows))` of `size` tokens."""
     wide = gradient_dtype(arrays[0].dtype)
 
     def step(d_head, chunk):
         d_head, (statistics, d_rows) = one_chunk(d_head, chunk)
-        # A part of a sum over devices is rounded after the sum.
-        return d_head, (statistics, d_rows.astype(wide) if columns.whole else d_rows)
+        # What devices have yet to sum is rounded after the sum.
+        return d_head, (statistics, d_rows if columns.is_split else d_rows.astype(wide))
 
     start = jnp.zeros(lm_head.shape, jnp.float32)
     d_head, outputs = jax.lax.scan(step, start, _stack(arrays, size))
@@ -227,10 +229,11 @@ def _scan(one_chunk, arrays, lm_head, columns, size):
 
 
 def by_vocabulary(hidden, lm_head, labels, weights, logsumexp, options, columns):
-    """As `by_tokens`, a chunk of the vocabulary at a time, all tokens in each.
+    """Computes `by_tokens` by chunks of the vocabulary.
 
-    Without weights, the statistics and None twice; with weights and `logsumexp` `(T,)`, None
-    and the gradients.
+    Returns:
+        Without weights, the statistics, None and None. With weights and the logsumexp `(T,)`,
+        None and the two gradients.
     """
     labels = columns.local(labels)
     size = options.chunk_size or chunk_columns(hidden.shape[0], lm_head.shape[1])
@@ -242,12 +245,12 @@ def by_vocabulary(hidden, lm_head, labels, weights, logsumexp, options, columns)
 
     if weights is None:
 
-        def update(start, width, found):
+        def update(start, width, running):
             _, capped = capped_logits(start, width)
-            return update_statistics(found, capped, labels, start, options)
+            return update_statistics(running, capped, labels, start, options)
 
-        found = _fold(update, no_statistics(hidden.shape[0]), lm_head.shape[1], size)
-        return finish_statistics(found, options, columns), None, None
+        running = _fold(update, initial_statistics(hidden.shape[0]), lm_head.shape[1], size)
+        return finish_statistics(running, options, columns), None, None
 
     def step(start, width, carry):
         d_hidden, d_head = carry
@@ -270,7 +273,7 @@ def by_vocabulary(hidden, lm_head, labels, weights, logsumexp, options, columns)
 
 
 def _fold(step, carry, total, size):
-    """Folds `step(start, width, carry)` over `total` columns, the last ones a narrower step."""
+    """Returns the carry after `step(start, width, carry)` for all parts of `total` columns."""
     full, rest = divmod(total, size)
     carry = jax.lax.fori_loop(0, full, lambda i, carry: step(i * size, size, carry), carry)
     return step(full * size, rest, carry) if rest else carry
@@ -287,12 +290,12 @@ def _check_kernels_fit(hidden, options):
 
 
 def _own_chunks(options):
-    """Without the size asked for token chunks, where the vocabulary is chunked."""
+    """Returns the options of a loop over the vocabulary: the user's size is of token chunks."""
     return dataclasses.replace(options, chunk_size=None)
 
 
 def gradient_dtype(dtype):
-    """bfloat16 keeps float32's range, and its gradients are as good; float16 loses small ones."""
+    """Returns the dtype of a chunk's gradients: bfloat16 has float32's range, float16 has not."""
     return jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
 
 
@@ -301,7 +304,7 @@ def _dot(subscripts, a, b):
 
 
 def _stack(arrays, size):
-    """Pads `(T, ...)` arrays with zeros and stacks their chunks: `(T / C, C, ...)`."""
+    """Reshapes `(T, ...)` arrays to chunks `(T / C, C, ...)`, padded with zeros."""
 
     def stack(array):
         padding = -array.shape[0] % size

@@ -1,17 +1,21 @@
 """Linear cross-entropy on PyTorch: a loop over token chunks, gradients in the forward pass."""
 
 from grug_keras.ops.chunk_loss import TokenStatistics, chunk_tokens, losses_from
-from grug_keras.ops.torch.derivatives import finish
+from grug_keras.ops.torch.once_differentiable import once_differentiable
 from keras import ops
 import torch
 
 OP = "fused_linear_cross_entropy"
+# Logits of a token chunk.
 CHUNK_LOGITS = {"cpu": 24_000_000, "cuda": 2**29}
 _DTYPES = (torch.float32, torch.float32, torch.int32)
 
 
 def chunked_total(hidden, lm_head, labels, weights, options):
-    """Weighted sum of the losses, and `TokenStatistics`; gradients in the forward pass."""
+    """Returns the weighted sum of the losses, and `TokenStatistics`.
+
+    The forward pass also makes the gradients, if any are wanted.
+    """
     lm_head = ops.convert_to_tensor(lm_head)
     inputs = (hidden, lm_head, weights)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
@@ -22,7 +26,7 @@ def chunked_total(hidden, lm_head, labels, weights, options):
 
 
 def chunked_losses(hidden, lm_head, labels, options):
-    """`TokenStatistics`; the losses may have any cotangent, for one product more."""
+    """Returns `TokenStatistics`; any cotangent of the losses costs one product more."""
     lm_head = ops.convert_to_tensor(lm_head)
     return TokenStatistics(*_Losses.apply(hidden, lm_head, labels, options))
 
@@ -40,9 +44,9 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx, cotangent, *_):
         d_hidden, d_head, losses, *sources = ctx.saved_tensors
-        found = (d_hidden, d_head, losses)
-        gradients = [None if d is None else cotangent * d for d in found]
-        d_hidden, d_head, d_weights = finish(OP, gradients, (*sources, losses))
+        gradients = [None if d is None else cotangent * d for d in (d_hidden, d_head, losses)]
+        gradients = once_differentiable(OP, gradients, (*sources, losses))
+        d_hidden, d_head, d_weights = gradients
         return d_hidden, d_head, None, d_weights, None
 
 
@@ -62,11 +66,18 @@ class _Losses(torch.autograd.Function):
             _, *gradients = _loop(
                 hidden, lm_head, labels, cotangent, ctx.options, wanted=ctx.needs_input_grad[:2]
             )
-        return *finish(OP, gradients, (hidden, lm_head)), None, None
+        return *once_differentiable(OP, gradients, (hidden, lm_head)), None, None
 
 
 def _loop(hidden, lm_head, labels, weights, options, wanted=(False, False)):
-    """Statistics of all tokens, and the wanted gradients of `sum(weights * losses)`."""
+    """Returns the statistics of all tokens, and the gradients of `sum(weights * losses)`.
+
+    Args:
+        hidden, lm_head, labels: `(T, D)`, `(D, V)`, `(T,)`.
+        weights: `(T,)`, or None if no gradient is wanted.
+        options: `LossOptions`.
+        wanted: two bool, for the gradients of hidden and of lm_head; the others are None.
+    """
     lm_head = lm_head.to(hidden.dtype)
     # Only a GPU multiplies bfloat16 into float32; elsewhere the operands are widened.
     mixed = hidden.dtype == torch.bfloat16 and hidden.is_cuda
@@ -78,14 +89,15 @@ def _loop(hidden, lm_head, labels, weights, options, wanted=(False, False)):
     size = _chunk_tokens(hidden, kernel, options)
     # One buffer for the logits of every chunk: fresh pages cost as much as the arithmetic.
     buffer = None if mixed else torch.empty((size, kernel.shape[1]), device=hidden.device)
-    found = [TokenStatistics(*(torch.empty(0, dtype=t, device=hidden.device) for t in _DTYPES))]
+    nothing = TokenStatistics(*(torch.empty(0, dtype=t, device=hidden.device) for t in _DTYPES))
+    chunks = [nothing]  # for a call without tokens
     for start in range(0, hidden.shape[0], size):
         chunk = slice(start, start + size)
         rows = hidden[chunk] if mixed else hidden[chunk].float()
         out = None if mixed else buffer[: rows.shape[0]]
         logits = _product(rows, kernel, out)
         chunk_weights = None if weights is None else weights[chunk]
-        found.append(_to_gradient(logits, labels[chunk].long(), chunk_weights, options))
+        chunks.append(_to_gradient(logits, labels[chunk].long(), chunk_weights, options))
         d_logits = logits.to(rows.dtype) if any(wanted) else None
         if wanted[0]:
             d_hidden[chunk] = _product(d_logits, kernel.T)
@@ -93,11 +105,14 @@ def _loop(hidden, lm_head, labels, weights, options, wanted=(False, False)):
             d_head += _product(rows.T, d_logits)
         elif wanted[1]:
             d_head.addmm_(rows.T, d_logits)
-    return TokenStatistics(*map(torch.cat, zip(*found, strict=True))), d_hidden, d_head
+    return TokenStatistics(*map(torch.cat, zip(*chunks, strict=True))), d_hidden, d_head
 
 
 def _to_gradient(logits, labels, weights, options):
-    """`chunk_loss` in place: statistics, and with weights the logits become their gradient."""
+    """Returns the statistics of a chunk; with weights, the logits become their own gradient.
+
+    Computes what `chunk_loss` does, in place.
+    """
     cap, smoothing, z_loss = options.logit_soft_cap, options.label_smoothing, options.z_loss
     slope = None
     if cap is not None:

@@ -36,6 +36,13 @@ CONFIG = GrugConfig(
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def collect_garbage():
+    """What Orbax leaves behind is reported at the end of this file, not in another file's test."""
+    yield
+    gc.collect()
+
+
 class NoisyBlock(Block):
     """A block with random numbers of its own."""
 
@@ -56,7 +63,6 @@ def open_checkpoints():
             return stack.enter_context(contextlib.closing(Checkpoints(*arguments, **options)))
 
         yield open_checkpoints
-    gc.collect()  # what Orbax has left behind is reported here, not in another file's test
 
 
 def make(config=CONFIG, optimizer=None, seed=0, **kwargs):

@@ -101,7 +101,9 @@ def test_the_score_is_the_likelihood_under_its_own_logits(script):
     holds(script, "likelihood")
     model = trained(script)[0]
     inputs, labels, weights = batch()
-    score = float(model.compute_loss(inputs, labels, model(inputs), weights, training=False))
+    score = keras.ops.convert_to_numpy(
+        model.compute_loss(inputs, labels, model(inputs), weights, training=False)
+    )
     logits = keras.ops.convert_to_numpy(model.logits(inputs)).astype("float64")
     logits -= logits.max(axis=-1, keepdims=True)
     logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

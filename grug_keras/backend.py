@@ -39,7 +39,9 @@ def choose_backend():
     else:
         _reason = "the default of grug_keras; set KERAS_BACKEND to choose another"
         os.environ["KERAS_BACKEND"] = "jax"
-        announce_backend()
+        # A script that is given --backend starts again under that one, and then says so.
+        if not any(word.startswith("--backend") for word in sys.argv):
+            announce_backend()
     _import_keras_without_leaving(settings)
 
 

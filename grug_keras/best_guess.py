@@ -1,7 +1,7 @@
 """The best guess as a recipe: how long and how fast each size trains, and with which optimizer.
 
-An experiment changes one thing and takes the rest from here. This is the one file of the core
-that imports `grug_keras.optimizers`.
+An experiment changes one thing and takes the rest from here. It names its optimizer, so this file
+of the core imports `grug_keras.optimizers`.
 """
 
 import dataclasses

@@ -107,7 +107,7 @@ class Grugformer(keras.Model):
         self.accumulate = 1
 
     def build(self, input_shape=None):
-        """Creates every weight, the head's too: only the loss uses it, too late to build it."""
+        """Creates all weights. The head is built here too, since `call` does not use it."""
         hidden_shape = (None, None, self.config.hidden_dim)
         self.token_embedding.build((None, None))
         for layer in (*self.blocks, self.final_norm, self.lm_head):

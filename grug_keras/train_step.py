@@ -123,7 +123,7 @@ def _step_on_tensorflow(model, batch, count):
     gradients, total = None, 0.0
     for (x, y, weights), share in _parts(batch, count):
         with tf.GradientTape() as tape:
-            loss = model.compute_loss(x, y, model(x, training=True), weights)
+            loss = model._compute_loss(x, y, model(x, training=True), weights, training=True)
             loss = loss if share is None else share * loss
             scaled = model.optimizer.scale_loss(loss)
         new = tape.gradient(scaled, model.trainable_weights)
@@ -142,7 +142,7 @@ def _step_on_torch(model, batch, count):
     total = 0.0
     model.zero_grad()
     for (x, y, weights), share in _parts(batch, count):
-        loss = model.compute_loss(x, y, model(x, training=True), weights)
+        loss = model._compute_loss(x, y, model(x, training=True), weights, training=True)
         loss = loss if share is None else share * loss
         model.optimizer.scale_loss(loss).backward()
         total += loss.detach()

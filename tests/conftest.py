@@ -8,6 +8,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 BACKEND_WAS_CHOSEN = "KERAS_BACKEND" in os.environ
+# The tests that report what another backend's suite did, fast and slow.
+SUITES = ("test_suite_passes_on", "test_slow_suite_passes_on")
 
 # The suite's own default: a keras.json of the machine must not change what plain pytest runs.
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -47,7 +49,7 @@ def pytest_collection_finish(session):
     backends = [
         item.callspec.params["backend"]
         for item in session.items
-        if getattr(item, "originalname", "") == "test_suite_passes_on"
+        if getattr(item, "originalname", "") in SUITES
     ]
     if backends:
         from other_backends import Suites

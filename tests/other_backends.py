@@ -38,6 +38,7 @@ class Suites:
     """
 
     def __init__(self, backends, marks):
+        backends = list(dict.fromkeys(backends))
         self._folder = tempfile.TemporaryDirectory()
         self._logs = {name: pathlib.Path(self._folder.name, name) for name in backends}
         for log in self._logs.values():

@@ -41,8 +41,7 @@ def run(backend, *command, timeout=600):
     return done.stdout
 
 
-@pytest.mark.parametrize("backend", [*OTHERS])
-def test_suite_passes_on(backend, request, capsys):
+def follow_suite(backend, request, capsys):
     """Prints what the backend's own pytest prints, so that a failure is seen with its output."""
     skip_if_absent(backend)
     suites = request.config.suites
@@ -52,6 +51,17 @@ def test_suite_passes_on(backend, request, capsys):
             print(text, end="", flush=True)
     if suites.status(backend) not in (0, NO_TESTS_RAN):
         pytest.fail(f"tests failed on the {backend} backend: see its output above", False)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_suite_passes_on(backend, request, capsys):
+    follow_suite(backend, request, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", OTHERS)
+def test_slow_suite_passes_on(backend, request, capsys):
+    follow_suite(backend, request, capsys)
 
 
 @pytest.mark.slow

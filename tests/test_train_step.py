@@ -88,3 +88,25 @@ def test_accumulate_is_checked_and_kept(tmp_path):
     model.optimizer.build(model.trainable_variables)
     model.save(tmp_path / "model.keras")
     assert keras.models.load_model(tmp_path / "model.keras").accumulate == 4
+
+
+class Penalised(Grugformer):
+    """With a penalty as docs/recipe.md puts it: in training alone."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=False):
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        return loss + 100 * keras.ops.mean(keras.ops.square(y_pred)) if training else loss
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_penalty_in_compute_loss_reaches_the_gradient(accumulate):
+    norms = []
+    for model_class in (Grugformer, Penalised):
+        keras.utils.set_random_seed(0)
+        model = model_class(CONFIG)
+        model.build()
+        model.compile(keras.optimizers.SGD(0.0), accumulate=accumulate)
+        inputs, labels, weights = next(batches())
+        logs = model.fit(inputs, labels, sample_weight=weights, batch_size=6, verbose=0)
+        norms.append(logs.history["gradient_norm"][0])
+    assert norms[1] > 2 * norms[0]

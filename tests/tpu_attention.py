@@ -12,7 +12,8 @@ import json
 import os
 import re
 
-os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
+os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="0")
+os.environ.update(XLA_FLAGS="", LIBTPU_INIT_ARGS="")  # the compiler's own settings
 
 from grug_keras import ops, tpu
 from grug_keras.ops.jax.attention_on_mesh import HeadPlacement

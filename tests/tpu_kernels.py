@@ -10,7 +10,8 @@ import importlib.metadata
 import json
 import os
 
-os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
+os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="0")
+os.environ.update(XLA_FLAGS="", LIBTPU_INIT_ARGS="")  # the compiler's own settings
 
 from grug_keras import ops, tpu
 from grug_keras.ops.jax.cross_entropy_kernels import block_sizes

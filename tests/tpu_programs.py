@@ -11,7 +11,7 @@ covers all that decides the figures:
   count by their shape alone: their last bits differ between CPUs, and the compiler does not
   evaluate them.
 - The devices that it is compiled for, in the order of the mesh.
-- The versions of JAX and libtpu, and the flags of both in the environment.
+- The versions of JAX and libtpu. The scripts empty the environment variables with their flags.
 - The code that reads the figures, without its comments and docstrings: `tpu/compiler.py`,
   `tpu/hlo.py` and the script's function that calls them.
 """
@@ -22,7 +22,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import os
 import pathlib
 import re
 import sys
@@ -32,8 +31,6 @@ import jax
 
 jax.config.update("jax_traceback_in_locations_limit", 0)
 
-# Read before `record_kernels` adds the path of a temporary folder.
-FLAGS = {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
 VERSIONS = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
 FLOAT_TABLE = re.compile(r'dense<"0x[0-9A-F]+"> : (?=tensor<[0-9x]*b?f\d)')
 
@@ -100,7 +97,7 @@ def program_hash(lowered, devices, read):
     program = FLOAT_TABLE.sub("", lowered.as_text())
     devices = [[device.device_kind, repr(device)] for device in devices]
     reading = [code_of(inspect.getsource(part)) for part in (compiler, hlo, read)]
-    parts = [program, devices, VERSIONS, FLAGS, reading]
+    parts = [program, devices, VERSIONS, reading]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

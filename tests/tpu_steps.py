@@ -4,7 +4,7 @@
 
 A step whose program is that of tpu_steps.json has the figures of that file: see tpu_programs.py.
 `--write` compiles the other steps and keeps their figures there (delete the file first to compile
-all of them, about 8 minutes on 2 cores). Without it the script also prints the one-line errors of
+all of them, about 12 minutes on 2 cores). Without it the script also prints the one-line errors of
 `grug compile`, and what it says of a step that does not fit.
 """
 
@@ -15,7 +15,8 @@ import pathlib
 import sys
 from unittest import mock
 
-os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
+os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="0")
+os.environ.update(XLA_FLAGS="", LIBTPU_INIT_ARGS="")  # the compiler's own settings
 
 from click.testing import CliRunner
 import grug_cli

@@ -10,7 +10,8 @@ the figures of the others there.
 import json
 import os
 
-os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
+os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="0")
+os.environ.update(XLA_FLAGS="", LIBTPU_INIT_ARGS="")  # the compiler's own settings
 
 from grug_keras import GrugConfig, Grugformer, tpu
 from grug_keras.loss import next_token_loss

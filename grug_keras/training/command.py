@@ -53,7 +53,8 @@ def main(script, build_model, *, recipes=RECIPES, build_optimizer=build_optimize
                 _check_given(script, given)
                 options = _on_the_mesh(RunOptions(**values), rules, stack)
                 keras.config.set_dtype_policy(options.dtype)
-                announce_backend()
+                if distribution.process()[0] == 0:
+                    announce_backend()
                 _log_to_stderr()
                 recipe = dataclasses.replace(recipes[options.size], **changes)
                 run = Run(script, recipe, options)
@@ -72,7 +73,10 @@ def main(script, build_model, *, recipes=RECIPES, build_optimizer=build_optimize
 
 
 def _check_given(script, given):
-    """Refuses a script that defines what `main` was not given: `grug` would read the one."""
+    """Refuses a script that defines an override and does not give it to `main`.
+
+    `grug` would read it from the script, and the run would not use it.
+    """
     module = sys.modules["__main__"]
     if getattr(module, "__file__", None) != script:
         return
@@ -117,8 +121,8 @@ def _log_to_stderr():
             import jax
 
             jax.devices()  # libtpu complains where there is no TPU
-        if importlib.util.find_spec("tensorflow"):
-            import tensorflow  # noqa: F401 - Keras's data adapters import it
+        with contextlib.suppress(ImportError):
+            import tensorflow  # noqa: F401 - Keras's data adapters import it, if it is there
 
 
 def restart_with(backend):

@@ -32,6 +32,13 @@ _IDENTITY = (
     "dtype",
     "backend",
 )
+_NO_IDENTITY = (
+    "tokenizer.name",
+    "optimizer_config.config.name",
+    "recipe.save_every",
+    "recipe.evaluate_every",
+    "recipe.keep",
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -52,6 +59,7 @@ class RunRecord:
         config: dict, of the `GrugConfig`.
         block_class: str.
         recipe: dict, of the `Recipe`.
+        save_every, evaluate_every, keep: int or None, of the `RunOptions`.
         optimizer: str, name of the class.
         optimizer_config: dict, serialized by Keras.
         dtype: str, dtype policy.
@@ -78,7 +86,7 @@ class RunRecord:
         error: str or None, of a run that failed.
     """
 
-    schema: int = 3
+    schema: int = 4
     id: str
     experiment: str
     status: str = "running"
@@ -92,6 +100,9 @@ class RunRecord:
     config: dict
     block_class: str
     recipe: dict
+    save_every: int | None
+    evaluate_every: int | None
+    keep: int
     optimizer: str
     optimizer_config: dict
     dtype: str
@@ -169,6 +180,9 @@ def new_record(run, model):
         config=dataclasses.asdict(model.config),
         block_class=model.block_class.__name__,
         recipe=dataclasses.asdict(run.recipe),
+        save_every=run.options.save_every,
+        evaluate_every=run.options.evaluate_every,
+        keep=run.options.keep,
         optimizer=type(model.optimizer).__name__,
         optimizer_config=_plain_json(keras.saving.serialize_keras_object(model.optimizer)),
         dtype=model.dtype_policy.name,
@@ -213,7 +227,8 @@ def _identity(record):
     def flatten(name, value):
         # A tokenizer that was trained here has another name in its file, Keras numbers the
         # optimizers of a process, and a class may have moved to another module.
-        ignored = name in ("tokenizer.name", "optimizer_config.config.name")
+        # Before schema 4 the recipe held when a run halts.
+        ignored = name in _NO_IDENTITY
         if isinstance(value, dict):
             for key, part in value.items():
                 yield from flatten(f"{name}.{key}", part)

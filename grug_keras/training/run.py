@@ -98,11 +98,11 @@ class Run:
         with contextlib.closing(checkpoints):
             with refusals():
                 step, notes = checkpoints.restore(model) or (0, {})
+                loop = self._loop(model, record, checkpoints, sinks, step, notes)
             self._continue(record, step, notes)
             announce(self, model, record, step)
             self.data.tokenizer.save(self.folder.path)
             record.save(self.folder.results)
-            loop = self._loop(model, record, checkpoints, sinks, step, notes)
             self._train(loop, begin)
             return report(self, record, checkpoints)
 

@@ -26,6 +26,7 @@ from grug_keras.training.checkpoints import Checkpoints
 from grug_keras.training.folder import new_run_folder
 from grug_keras.training.meter import Meter, peak_memory
 from grug_keras.training.options import RunOptions
+from grug_keras.training.plots import smooth
 from grug_keras.training.run import VALIDATION_BYTES, Run
 from grug_keras.training.sampling import generate
 from grug_keras.training.sinks import SINKS
@@ -461,6 +462,15 @@ def test_plot_draws_one_run_or_several(finished, tmp_path):
     assert done.exit_code == 1
     assert "holds no curve.csv: not a run folder" in done.stderr
     assert not (tmp_path / "m.png").exists()
+
+
+def test_the_smoothed_curve_does_not_lag_at_the_start():
+    """A fall of the first steps, then a plateau: within 5% of a curve without noise."""
+    losses = [2 + 4 * math.exp(-step / 15) for step in range(300)]
+    smoothed = smooth(losses)
+    assert max(abs(a - b) / b for a, b in zip(smoothed, losses, strict=True)) < 0.05
+    noisy = [loss + 0.3 * (-1) ** step for step, loss in enumerate(losses)]
+    assert max(abs(value - 2) for value in smooth(noisy)[150:]) < 0.05, "to the last step"
 
 
 def test_tokenized_text_trains_as_the_text_does(tmp_path, tiny_model):

@@ -161,13 +161,12 @@ def _label_losses(axes):
 def smooth(values):
     """Means over a centred window, which is narrow where the curve is steep.
 
-    The window of row i holds at most i / 4 rows on each side, at most 20, and none beyond an end
-    of the curve: so the smoothed curve neither lags behind the fall of the first steps nor stops
-    short of the last one.
+    The window of row i holds i / 4 rows on each side, at most 20: so the smoothed curve does not
+    lag behind the fall of the first steps. At the end of the curve it is cut off.
     """
     smoothed = []
     for i in range(len(values)):
-        half = min(i // 4, len(values) - 1 - i, 20)
+        half = min(i // 4, 20)
         window = values[i - half : i + half + 1]
         smoothed.append(sum(window) / len(window))
     return smoothed

@@ -3,11 +3,12 @@
     python benchmarks/harness.py [--steps 100] [--turns 10] [--size smoke]
 
 On JAX, in one process, in turns: the compiled training step of the starter in a Python loop that
-does nothing else, and `fit` with the callbacks of a run (a CSV row a step, Ctrl-C). Both make
-their batches as they go. Then how many tokens a second the loader makes by itself, in both
-packings. The numbers are in docs/data.md.
+does nothing else, `fit` with the callbacks of a run (a CSV row a step, Ctrl-C), and the bare loop
+of a step that also logs norms by role. All make their batches as they go. Then how many tokens a
+second the loader makes by itself, in both packings. The numbers are in docs/data.md.
 """
 
+import functools
 import os
 import pathlib
 import statistics
@@ -20,6 +21,7 @@ import click
 from grug_keras import GrugConfig
 from grug_keras.data import TokenBatches, load_data
 from grug_keras.experiments.script import load_speedrun
+from grug_keras.optimizers import role_of
 from grug_keras.training.interrupts import StopOnInterrupt
 from grug_keras.training.meter import Meter
 import jax
@@ -44,13 +46,19 @@ def main(steps, turns, size):
     model.optimizer.build(model.trainable_variables)
     window = {"bos_id": data.tokenizer.bos_id, "seq_len": config.max_seq_len,
               "batch_size": recipe.batch_size}  # fmt: skip
-    batches = TokenBatches(data.train, steps=2 * steps * (turns + 1), **window)
+    batches = TokenBatches(data.train, steps=3 * steps * (turns + 1), **window)
     groups = (model.trainable_variables, model.non_trainable_variables,
               model.optimizer.variables, model.metrics_variables)  # fmt: skip
-    step_function = jax.jit(model.train_step, donate_argnums=0)
     tokens = recipe.batch_size * config.max_seq_len
 
-    def bare(part):
+    def compiled(norms_by):
+        def step(state, batch):
+            model.norms_by = norms_by  # read while the step is traced
+            return model.train_step(state, batch)
+
+        return jax.jit(step, donate_argnums=0)
+
+    def loop(step_function, part):
         state = tuple([v.value for v in group] for group in groups)
         begin = time.perf_counter()
         for i in range(len(part)):
@@ -62,6 +70,8 @@ def main(steps, turns, size):
                 variable.assign(value)
         return took
 
+    bare, norms = (functools.partial(loop, compiled(by)) for by in (None, role_of))
+
     with tempfile.TemporaryDirectory() as folder, StopOnInterrupt(model) as stop:
         meter = Meter(
             pathlib.Path(folder) / "curve.csv", tokens_per_step=tokens, steps=len(batches),
@@ -71,23 +81,25 @@ def main(steps, turns, size):
         )  # fmt: skip
 
         def harness(part):
+            model.norms_by = None
             begin = time.perf_counter()
             model.fit(part, shuffle=False, verbose=0, callbacks=[meter, stop])
             return time.perf_counter() - begin
 
-        found = {bare: [], harness: []}
+        found = {bare: [], harness: [], norms: []}
         for turn in range(turns + 1):
-            for number, run in enumerate([bare, harness][:: 1 if turn % 2 else -1]):
-                first = (2 * turn + number) * steps
+            for number, run in enumerate([*found][:: 1 if turn % 2 else -1]):
+                first = (3 * turn + number) * steps
                 found[run].append(run(batches.between(first, first + steps)))
         meter.close()
     for seconds in found.values():
         del seconds[0]  # compiles
-    ratios = [b / a for a, b in zip(found[bare], found[harness], strict=True)]
     ms = [1e3 * statistics.median(seconds) / steps for seconds in found.values()]
-    print(f"bare loop {ms[0]:.2f} ms, harness {ms[1]:.2f} ms a step")
-    print(f"ratios {[round(r, 3) for r in ratios]}, median {statistics.median(ratios):.3f}, "
-          f"of medians {ms[1] / ms[0]:.3f}")  # fmt: skip
+    print(f"bare loop {ms[0]:.2f} ms, harness {ms[1]:.2f} ms, with norms {ms[2]:.2f} ms a step")
+    for name, run, middle in (("harness", harness, ms[1]), ("norms", norms, ms[2])):
+        ratios = [b / a for a, b in zip(found[bare], found[run], strict=True)]
+        shown, median = [round(r, 3) for r in ratios], statistics.median(ratios)
+        print(f"{name}: ratios {shown}, median {median:.3f}, of medians {middle / ms[0]:.3f}")
     speed = 1e3 * tokens / ms[0]
     for packing in ("stream", "best_fit"):
         loader = TokenBatches(data.train, steps=2000, packing=packing, **window)

@@ -8,7 +8,8 @@ from grug_keras import distribution, ops  # noqa: E402
 from grug_keras.attention import CausalSelfAttention  # noqa: E402
 from grug_keras.block import MLP, Block  # noqa: E402
 from grug_keras.config import GrugConfig  # noqa: E402
-from grug_keras.model import Grugformer, LMHead  # noqa: E402
+from grug_keras.embedding import LMHead  # noqa: E402
+from grug_keras.model import Grugformer  # noqa: E402
 from grug_keras.optimizers import Muon, OptaxOptimizer, Trapezoid  # noqa: E402
 
 __version__ = "0.1.0"

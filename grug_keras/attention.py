@@ -10,7 +10,7 @@ import numpy as np
 class CausalSelfAttention(GrugLayer):
     """Grouped-query self-attention with rotary positions and optional QK-norm.
 
-    To try another attention, subclass it and override `attend`, or `heads`.
+    To try another attention, subclass it and override `attend`, `project` or `heads`.
 
     Args:
         config: `GrugConfig`.
@@ -20,6 +20,7 @@ class CausalSelfAttention(GrugLayer):
         positions: int tensor `(S,)` or `(B, S)`. By default they count from 0, in each
             document of a packed batch.
         attention_mask: `ops.AttentionMask`. Defaults to causal within `config.sliding_window`.
+        **extra: what the model's `trunk` gives to the blocks besides; `project` gets it.
 
     Returns:
         Float tensor `(B, S, D)`.
@@ -50,34 +51,46 @@ class CausalSelfAttention(GrugLayer):
             self.q_norm.build((*input_shape[:-1], self.num_heads, self.head_dim))
             self.k_norm.build((*input_shape[:-1], self.num_kv_heads, self.head_dim))
 
-    def call(self, x, positions=None, attention_mask=None):
-        out = self.heads(x, positions, attention_mask)
+    def call(self, x, positions=None, attention_mask=None, **extra):
+        out = self.heads(x, positions, attention_mask, **extra)
         rows = keras.ops.reshape(out, (-1, self.num_heads * self.head_dim))
         return keras.ops.reshape(self.o_proj(rows), keras.ops.shape(x))
 
-    def heads(self, x, positions, attention_mask):
+    def heads(self, x, positions, attention_mask, **extra):
         """Computes the output of every head, before it is projected; the place to try a gate.
 
         Args:
             x: float tensor `(B, S, D)`.
-            positions, attention_mask: as in a call.
+            positions, attention_mask, **extra: as in a call.
 
         Returns:
             Float tensor `(B, S, N, H)`.
         """
-        B, S, D = keras.ops.shape(x)
         mask = attention_mask
         if mask is None:
             mask = ops.AttentionMask(sliding_window=self.config.sliding_window)
+        q, k, v = self.project(x, **extra)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.rotate(q, k, positions, mask)
+        return self.attend(q, k, v, mask)
+
+    def project(self, x):
+        """Computes queries, keys and values; the place to add to them, as value embeddings do.
+
+        Args:
+            x: float tensor `(B, S, D)`.
+
+        Returns:
+            Float tensors `(B, S, N, H)`, `(B, S, K, H)` and `(B, S, K, H)`, not normalised yet.
+        """
+        B, S, D = keras.ops.shape(x)
         # 2-D products of all tokens: XLA on CPU is slower on 3-D ones (benchmarks/cpu_layout.py).
         rows = keras.ops.reshape(x, (-1, D))
         q = keras.ops.reshape(self.q_proj(rows), (B, S, self.num_heads, self.head_dim))
         k = keras.ops.reshape(self.k_proj(rows), (B, S, self.num_kv_heads, self.head_dim))
         v = keras.ops.reshape(self.v_proj(rows), (B, S, self.num_kv_heads, self.head_dim))
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.rotate(q, k, positions, mask)
-        return self.attend(q, k, v, mask)
+        return q, k, v
 
     def rotate(self, q, k, positions, mask):
         """Applies rotary positions; by default they count from 0 in each document."""

@@ -73,4 +73,10 @@ def build_optimizer(learning_rate):
     Args:
         learning_rate: float or `keras.optimizers.schedules.LearningRateSchedule`.
     """
-    return Muon(learning_rate, adam_lr_ratio=0.3, adam_beta_2=0.95, weight_decay=0.01)
+    return Muon(
+        learning_rate,
+        adam_lr_ratio=0.3,
+        adam_beta_2=0.95,
+        weight_decay=0.01,
+        adam_weight_decay=0.004,
+    )

@@ -49,6 +49,7 @@ class Block(GrugLayer):
         x: float tensor `(B, S, D)`.
         positions: int tensor `(S,)` or `(B, S)`.
         attention_mask: `ops.AttentionMask`.
+        **extra: what the model's `trunk` gives to the blocks besides; the attention gets it.
 
     Returns:
         Float tensor `(B, S, D)`.
@@ -70,8 +71,20 @@ class Block(GrugLayer):
         for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp):
             layer.build(input_shape)
 
-    def call(self, x, positions=None, attention_mask=None):
+    def call(self, x, positions=None, attention_mask=None, **extra):
         x = x + self.attention(
-            self.attention_norm(x), positions=positions, attention_mask=attention_mask
+            self.attention_norm(x), positions=positions, attention_mask=attention_mask, **extra
         )
         return x + self.mlp(self.mlp_norm(x))
+
+
+def registered_block(name):
+    """Returns the block class of a saved model, from the registered classes and custom objects."""
+    found = keras.saving.get_registered_object(name)
+    if found is None:
+        raise ValueError(
+            f"block_class={name!r} is unknown here: import the script that defines it and pass "
+            f"custom_objects={{{name!r}: <class>}} to load_model, or decorate the class with "
+            "keras.saving.register_keras_serializable()"
+        )
+    return found

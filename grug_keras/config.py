@@ -22,7 +22,8 @@ class GrugConfig:
         rms_norm_eps: float. Added to the mean square in every RMS norm.
         qk_norm: bool. RMS-normalise queries and keys per head (as Qwen3), or not (as Llama).
         sliding_window: int or None. A token sees the last `sliding_window` tokens, itself
-            included.
+            included. Or a tuple of them: a pattern by layer, repeated over the depth, such as
+            `(512, 512, 512, None)`; its length divides `num_layers`.
         initializer_std: float. Standard deviation of the truncated normal that every matrix
             starts from.
         remat: bool. Recompute each block in the backward pass instead of keeping its
@@ -48,7 +49,7 @@ class GrugConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     qk_norm: bool = False
-    sliding_window: int | None = None
+    sliding_window: int | tuple[int | None, ...] | None = None
     initializer_std: float = 0.02
     remat: bool = False
 
@@ -65,8 +66,7 @@ class GrugConfig:
             self._require_positive(name, Integral)
         for name in ("rope_theta", "rms_norm_eps", "initializer_std"):
             self._require_positive(name, Real)
-        if self.sliding_window is not None:
-            self._require_positive("sliding_window", Integral)
+        self._check_windows()
         for name in ("qk_norm", "remat"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -87,12 +87,37 @@ class GrugConfig:
             raise ValueError(f"head_dim must be even for rotary pairs, got {self.head_dim}")
 
     def _require_positive(self, name, kind):
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < float("inf"):
-            what = "integer" if kind is Integral else "number"
-            raise ValueError(f"{name} must be a positive {what}, got {value!r}")
-        # numpy numbers would not survive the trip through JSON
-        object.__setattr__(self, name, int(value) if kind is Integral else float(value))
+        object.__setattr__(self, name, _positive(name, getattr(self, name), kind))
+
+    def _check_windows(self):
+        """Checks `sliding_window`, and makes a pattern a tuple: JSON knows lists alone."""
+        windows = self.sliding_window
+        pattern = windows if isinstance(windows, list | tuple) else [windows]
+        if not pattern or self.num_layers % len(pattern):
+            raise ValueError(
+                f"sliding_window={windows!r}, a pattern of {len(pattern)}, must repeat over "
+                f"num_layers={self.num_layers}"
+            )
+        checked = tuple(
+            w if w is None else _positive("sliding_window", w, Integral) for w in pattern
+        )
+        object.__setattr__(self, "sliding_window", checked if pattern is windows else checked[0])
+
+    def at_layer(self, index):
+        """Returns the configuration of one block: that of the model, with the block's own window.
+
+        Args:
+            index: int, the block's place, from 0.
+        """
+        if not isinstance(self.sliding_window, tuple):
+            return self
+        window = self.sliding_window[index % len(self.sliding_window)]
+        return dataclasses.replace(self, sliding_window=window)
+
+    def as_dict(self):
+        """Returns the fields as plain JSON values: what `GrugConfig.of` reads."""
+        fields = vars(self).items()
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in fields}
 
     @classmethod
     def of(cls, config):
@@ -115,6 +140,14 @@ class GrugConfig:
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {list(PRESETS)}, got {name!r}")
         return cls(**{**PRESETS[name], **overrides})
+
+
+def _positive(name, value, kind):
+    """Returns a positive number as Python's own: NumPy's would not survive the trip to JSON."""
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < float("inf"):
+        what = "integer" if kind is Integral else "number"
+        raise ValueError(f"{name} must be a positive {what}, got {value!r}")
+    return int(value) if kind is Integral else float(value)
 
 
 def _size(hidden_dim, intermediate_dim, num_layers, num_heads):

@@ -1,7 +1,5 @@
 """The base class of the layers: configuration, projections, norms and initial values."""
 
-import dataclasses
-
 from grug_keras.config import GrugConfig
 import keras
 
@@ -38,7 +36,7 @@ class GrugLayer(keras.layers.Layer):
         )
 
     def get_config(self):
-        return {**super().get_config(), "config": dataclasses.asdict(self.config)}
+        return {**super().get_config(), "config": self.config.as_dict()}
 
 
 def initializer(config):

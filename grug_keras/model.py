@@ -1,69 +1,32 @@
 """The model: embedding, pre-norm blocks, final norm, language-model head."""
 
-import dataclasses
-
 from grug_keras import ops
-from grug_keras.block import Block
+from grug_keras.block import Block, registered_block
 from grug_keras.config import GrugConfig
 from grug_keras.distribution import Sharding, split_batch
-from grug_keras.inputs import check_data, check_ids, unpack_inputs
-from grug_keras.layer import GrugLayer, initializer
+from grug_keras.embedding import LMHead, TokenEmbedding
+from grug_keras.inputs import check_ids, unpack_inputs
+from grug_keras.layer import initializer
 from grug_keras.loss import next_token_loss
-from grug_keras.stack import run_blocks
-from grug_keras.train_step import train_step
+from grug_keras.stack import check_shape, run_blocks
+from grug_keras.trainer import NextTokenModel
 import keras
 
 
 @keras.saving.register_keras_serializable(package="grug_keras")
-class TokenEmbedding(keras.layers.Embedding):
-    """`keras.layers.Embedding` with the same gradient on every backend: a dense one.
-
-    TensorFlow's own is sparse, one row per token of the batch, and Adam would square the rows
-    of a repeated token one by one instead of squaring their sum.
-    """
-
-    def call(self, inputs):
-        if keras.config.backend() != "tensorflow":
-            return super().call(inputs)
-        table = self.embeddings * 1.0  # the gradient of a product is dense
-        return keras.ops.cast(keras.ops.take(table, inputs, axis=0), self.compute_dtype)
-
-
-@keras.saving.register_keras_serializable(package="grug_keras")
-class LMHead(GrugLayer):
-    """Projects hidden states to logits; holds the `(D, V)` kernel that the fused loss reads.
-
-    Args:
-        config: `GrugConfig`.
-
-    Call arguments:
-        hidden: float tensor `(..., D)`.
-
-    Returns:
-        Float tensor `(..., V)`.
-    """
-
-    def build(self, input_shape):
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=(self.config.hidden_dim, self.config.vocab_size),
-            initializer=initializer(self.config),
-        )
-
-    def call(self, hidden):
-        return keras.ops.matmul(hidden, self.kernel)
-
-
-@keras.saving.register_keras_serializable(package="grug_keras")
-class Grugformer(keras.Model):
+class Grugformer(NextTokenModel):
     """A decoder-only language model, trained with `compile(optimizer)` and `fit`.
 
     Calling it gives hidden states, not logits: `fit` and `evaluate` feed them to the fused
     loss, so that the `(B, S, V)` logits never exist. `logits(inputs)` is there for sampling.
 
+    To try a change, pass another `block_class`, or subclass the model and override `make_block`
+    (a change by depth), `trunk` (what runs between the blocks), `head` or `token_mean_loss`. New
+    weights of a subclass are made in `build`, before `super().build()`.
+
     Args:
         config: `GrugConfig`.
-        block_class: subclass of `Block`, the local edit surface.
+        block_class: subclass of `Block`, of which `make_block` makes the blocks.
 
     Call arguments:
         inputs: int tensor `(B, S)` of token ids, or a dict of `token_ids` and, for packed
@@ -85,7 +48,7 @@ class Grugformer(keras.Model):
         super().__init__(**kwargs)
         self.config = config = GrugConfig.of(config)
         if isinstance(block_class, str):
-            block_class = _registered_class(block_class)
+            block_class = registered_block(block_class)
         self.block_class = block_class
         self.token_embedding = TokenEmbedding(
             config.vocab_size,
@@ -94,17 +57,29 @@ class Grugformer(keras.Model):
             name="token_embedding",
             dtype=self.dtype_policy,
         )
-        self.blocks = [
-            block_class(config, name=f"block_{i}", dtype=self.dtype_policy)
-            for i in range(config.num_layers)
-        ]
+        self.blocks = [self.make_block(i) for i in range(config.num_layers)]
+        for i, block in enumerate(self.blocks):
+            if not isinstance(block, keras.layers.Layer) or block.name != f"block_{i}":
+                raise ValueError(
+                    f"make_block({i}) must return a layer named 'block_{i}', got {block!r}"
+                )
         self.final_norm = keras.layers.RMSNormalization(
             epsilon=config.rms_norm_eps, name="final_norm", dtype=self.dtype_policy
         )
         self.lm_head = LMHead(config, name="lm_head", dtype=self.dtype_policy)
-        self.token_loss = keras.metrics.Mean(name="token_loss")
-        self.batch_loss = keras.metrics.Mean(name="batch_loss")
-        self.accumulate = 1
+
+    def make_block(self, index):
+        """Makes one block; the place to try a change by depth.
+
+        Args:
+            index: int, the block's place, from 0.
+
+        Returns:
+            Layer named `block_<index>` that is called as a `Block`. Its mask has the sliding
+            window of its `config`.
+        """
+        config = self.config.at_layer(index)
+        return self.block_class(config, name=f"block_{index}", dtype=self.dtype_policy)
 
     def build(self, input_shape=None):
         """Creates all weights. The head is built here too, since `call` does not use it."""
@@ -121,46 +96,57 @@ class Grugformer(keras.Model):
         check_ids(self.config, "token_ids", token_ids)
         return super().__call__(inputs, **kwargs)
 
-    def fit(self, x=None, y=None, batch_size=None, *args, **kwargs):
-        """Trains with `keras.Model.fit`, after checking what can be checked before it compiles.
-
-        Args:
-            x: inputs of a call, or any Keras dataset of `(inputs, labels, weights)`.
-            y: int array `(B, S)`, the token that follows each position.
-            batch_size, *args, **kwargs: of `keras.Model.fit`. `sample_weight` is `(B, S)` or
-                `(B,)`.
-
-        Returns:
-            `History` with `loss`, the token-weighted mean of the epoch, and `batch_loss` and
-            `gradient_norm` of its last step.
-
-        Raises:
-            ValueError: names the argument and the value.
-        """
-        weights = kwargs.get("sample_weight")
-        check_data(self.config, "fit", x, y, weights, batch_size, self.accumulate)
-        if isinstance(kwargs.get("validation_data"), tuple):
-            check_data(self.config, "validation_data", *kwargs["validation_data"])
-        return super().fit(x, y, batch_size, *args, **kwargs)
-
-    def evaluate(self, x=None, y=None, *args, **kwargs):
-        """Evaluates with `keras.Model.evaluate`; arguments as of `fit`.
-
-        Returns:
-            float, the token-weighted mean loss in nats per token.
-        """
-        check_data(self.config, "evaluate", x, y, kwargs.get("sample_weight"))
-        return super().evaluate(x, y, *args, **kwargs)
-
     def call(self, inputs, training=None):
         token_ids, segment_ids, positions = unpack_inputs(self.config, inputs)
-        mask = ops.AttentionMask(sliding_window=self.config.sliding_window)
-        if segment_ids is not None:
-            mask = ops.plan_documents(mask.with_segment_ids(segment_ids))
-
         x = split_batch(self.token_embedding(token_ids))
-        x = run_blocks(self.blocks, x, self.config.remat, positions=positions, attention_mask=mask)
-        return self.final_norm(x)
+        common = {"positions": positions}
+        if training is not None:
+            common["training"] = training  # the backward pass of remat runs out of this call
+        masks = self._masks(segment_ids)
+        calls = [
+            (block, {**common, "attention_mask": mask})
+            for block, mask in zip(self.blocks, masks, strict=True)
+        ]
+        everything = self.variables + self.metrics_variables
+
+        def run(x, start=0, stop=None, **extra):
+            chosen = [(block, {**arguments, **extra}) for block, arguments in calls[start:stop]]
+            return run_blocks(chosen, x, self.config.remat, everything)
+
+        inputs = {"token_ids": token_ids, "segment_ids": segment_ids, "positions": positions}
+        y = self.trunk(x, inputs, run)
+        check_shape("trunk", y, x)
+        return self.final_norm(y)
+
+    def trunk(self, x, inputs, run):
+        """Computes what lies between embedding and final norm; the place to try skips and the like.
+
+        Args:
+            x: float tensor `(B, S, D)`, embedded tokens.
+            inputs: dict of `token_ids` `(B, S)`, and `segment_ids` and `positions` `(B, S)` or
+                None.
+            run: function `(x, start=0, stop=None, **extra)` that applies the blocks from `start`
+                up to `stop`, and gives `extra` to each block's call.
+
+        Returns:
+            Float tensor `(B, S, D)`.
+        """
+        return run(x)
+
+    def _masks(self, segment_ids):
+        """Returns the mask of each block; blocks with one window share one."""
+        masks = {}
+        for window in dict.fromkeys(self.windows):
+            masks[window] = ops.AttentionMask(sliding_window=window)
+            if segment_ids is not None:
+                masks[window] = ops.plan_documents(masks[window].with_segment_ids(segment_ids))
+        return [masks[window] for window in self.windows]
+
+    @property
+    def windows(self):
+        """The sliding window of each block, int or None: that of the block's configuration."""
+        configs = [getattr(block, "config", self.config) for block in self.blocks]
+        return [config.at_layer(i).sliding_window for i, config in enumerate(configs)]
 
     def compute_output_spec(self, inputs, training=None):
         """Shape and dtype of a symbolic call, without tracing one with a made-up length."""
@@ -190,74 +176,6 @@ class Grugformer(keras.Model):
         """
         return self.lm_head(hidden)
 
-    def compile(
-        self,
-        optimizer="adamw",
-        loss=None,
-        metrics=None,
-        weighted_metrics=None,
-        accumulate=1,
-        **kwargs,
-    ):
-        """Configures training. The loss is built in; only the optimizer is to be chosen.
-
-        Args:
-            optimizer: str or `keras.optimizers.Optimizer`.
-            loss, metrics, weighted_metrics: refused, since they would see hidden states as
-                predictions.
-            accumulate: int, number of parts of a batch that are computed one after the other, so
-                that the activations of one part alone are in memory.
-            **kwargs: `jit_compile`, `run_eagerly`, `steps_per_execution`, ...
-        """
-        given = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics}
-        for name, value in given.items():
-            if value:
-                raise ValueError(
-                    f"{name}={value!r} is not supported: Grugformer computes its own next-token "
-                    "loss, and a Keras loss or metric would see hidden states as predictions. "
-                    "Call compile(optimizer), or override compute_loss."
-                )
-        if accumulate < 1:
-            raise ValueError(f"accumulate must be at least 1, got {accumulate}")
-        self.accumulate = accumulate
-        super().compile(optimizer=optimizer, **kwargs)
-
-    def train_step(self, *arguments):
-        """A Keras training step; its logs also have `gradient_norm`, of all gradients at once."""
-        return train_step(self, arguments, self.accumulate)
-
-    def get_compile_config(self):
-        return {**(super().get_compile_config() or {}), "accumulate": self.accumulate}
-
-    def compile_from_config(self, config):
-        """Restores the optimizer of a saved model; Keras leaves this to models with a `compile`."""
-        config = keras.saving.deserialize_keras_object(config)
-        self.compile(**config)
-        if self.optimizer is not None and self.built:
-            self.optimizer.build(self.trainable_variables)
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Computes the loss of a batch; Keras calls it.
-
-        Args:
-            x: inputs of the call.
-            y: int tensor `(B, S)`, labels.
-            y_pred: float tensor `(B, S, D)`, hidden states.
-            sample_weight: float tensor `(B, S)` or `(B,)`, or None.
-            training: bool.
-
-        Returns:
-            float32 scalar: token-weighted mean loss plus any regularisation losses.
-        """
-        if y is None:
-            raise ValueError("y must hold the labels (the tokens shifted by one), got None")
-        loss, weight = self.token_mean_loss(y_pred, y, sample_weight)
-        self.token_loss.update_state(loss, sample_weight=weight)
-        self.batch_loss.reset_state()
-        self.batch_loss.update_state(loss)
-        self._report_batch_loss = training
-        return loss + sum(self.losses)
-
     def token_mean_loss(self, hidden, labels, weights):
         """Computes the objective; the place to try another one.
 
@@ -271,32 +189,15 @@ class Grugformer(keras.Model):
             weights: float tensor `(B, S)` or `(B,)`, or None.
 
         Returns:
-            Pair of float32 scalars: mean loss, and the sum of the weights.
+            Float32 scalars: mean loss, the sum of the weights, and if the model is compiled with
+            `metrics=["accuracy"]` the accuracy.
         """
-        return next_token_loss(hidden, self.lm_head.kernel, labels, weights)
-
-    def get_metrics_result(self):
-        """Returns `loss`, the mean over all tokens so far, and in training `batch_loss`."""
-        logs = {"loss": self.token_loss.result()}
-        if getattr(self, "_report_batch_loss", False):
-            logs["batch_loss"] = self.batch_loss.result()
-        return logs
+        wanted = "accuracy" in self.offered
+        return next_token_loss(hidden, self.lm_head.kernel, labels, weights, return_accuracy=wanted)
 
     def get_config(self):
         return {
             **super().get_config(),
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.as_dict(),
             "block_class": keras.saving.get_registered_name(self.block_class),
         }
-
-
-def _registered_class(name):
-    """Returns the block class of a saved model, from the registered classes and custom objects."""
-    found = keras.saving.get_registered_object(name)
-    if found is None:
-        raise ValueError(
-            f"block_class={name!r} is unknown here: import the script that defines it and pass "
-            f"custom_objects={{{name!r}: <class>}} to load_model, or decorate the class with "
-            "keras.saving.register_keras_serializable()"
-        )
-    return found

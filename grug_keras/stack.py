@@ -1,168 +1,252 @@
 """Runs a model's blocks one after another.
 
-The contract: the numbers are those of `for block in blocks: x = block(x)`. Replace `run_blocks` by
-that loop and only compile time and memory change.
+The contract: numbers, state, losses and metrics are those of `for block in blocks: x = block(x)`.
+Replace `run_blocks` by that loop and only compile time and memory change.
 
-On JAX, blocks that are recomputed in the backward pass (`remat`) run as one `scan` over their
-stacked weights if they are one program: XLA then compiles one block instead of all. Whether they
-are one program is found by tracing the forward and backward pass of each block and comparing the
-traces; where they differ, the blocks are written out, with a warning. Blocks without remat are
-always written out: a scan would copy the activations that it keeps.
+A block that is recomputed in the backward pass (`remat`) must not act twice. So it runs as a
+function of tensors that returns its output, its losses and its new state, which are added and
+assigned once, outside; the recomputation starts from the same state, and draws the same random
+numbers.
+
+On JAX, recomputed blocks run as one `scan` over their stacked weights and state if they are one
+program, or a pattern of a few programs that repeats: XLA then compiles the pattern instead of all.
+Whether they are is found by tracing the forward and backward pass of each block and comparing the
+traces; if not, the blocks are written out, with a warning. Blocks without remat are always written
+out: a scan would copy the activations that it keeps.
 """
 
-import re
-from typing import NamedTuple
+import functools
 import warnings
 
 from grug_keras.distribution import gather, split_batch
 import keras
-import numpy as np
-
-_ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
-def run_blocks(blocks, x, remat, **arguments):
-    """Applies the blocks in turn.
+def run_blocks(calls, x, remat=False, variables=()):
+    """Applies blocks in turn.
 
     Args:
-        blocks: list of built layers.
+        calls: list of pairs of a built layer and a dict, the further arguments of its call.
         x: float tensor `(B, S, D)`, input of the first block.
         remat: bool, whether to recompute each block in the backward pass.
-        **arguments: further arguments of each block's call.
+        variables: list of `keras.Variable`, all of the model: a block may use more than its own.
 
     Returns:
         Float tensor `(B, S, D)`, output of the last block.
+
+    Raises:
+        ValueError: names a block that returns another shape than that of its input.
     """
-    if remat and keras.config.backend() == "jax" and len(blocks) > 1:
-        values = _StoredValues(blocks)(x)
-        program = _common_program(blocks, values, x, arguments)
-        if program is not None:
-            return _loop(blocks, values, program, x, arguments)
+    # In eager mode JAX differentiates nothing here, and would compile a loop at every call.
+    if not remat or (keras.config.backend() == "jax" and not _is_traced(x)):
+        for block, arguments in calls:
+            y = block(x, **arguments)
+            check_shape(block.name, y, x)
+            x = split_batch(y)
+        return x
+    blocks = [_PureBlock(*call, variables) for call in calls]
+    if keras.config.backend() == "jax" and len(blocks) > 1:
+        values = [block.read(x) for block in blocks]
+        if programs := _programs(blocks, values, x):
+            return _loop(blocks, values, programs, x)
         warnings.warn(
-            f"the {len(blocks)} blocks are not one program with other weights: each is compiled "
-            "by itself, not all as one loop. The numbers are the same, compiling takes longer.",
+            f"the {len(blocks)} blocks are not one program with other weights, nor a pattern that "
+            "repeats: each is compiled by itself, not all as one loop. The numbers are the same, "
+            "compiling takes longer.",
             stacklevel=2,
         )
     for block in blocks:
-        x = split_batch(_run(block, x, remat, arguments))
+        x = split_batch(_recompute(block, x))
     return x
 
 
-def _run(block, x, remat, arguments):
-    def run(x):
-        return block(x, **arguments)
+def _is_traced(x):
+    import jax
 
-    # A closure of the tensor alone is the one form of remat that works on all backends.
-    return keras.remat(run)(x) if remat else run(x)
+    return isinstance(x, jax.core.Tracer)
 
 
-class _StoredValues(keras.layers.Layer):
-    """Reads the weights of the blocks as they are stored.
-
-    In the model's own call Keras would cast every weight to the compute dtype.
-    """
-
-    def __init__(self, blocks):
-        super().__init__(autocast=False)
-        self._read = lambda: [[v.value for v in block.trainable_variables] for block in blocks]
-
-    def call(self, x):
-        return self._read()
+def check_shape(name, y, x):
+    """Raises ValueError if a hook changes the shape `(B, S, D)` of the residual stream."""
+    shape = getattr(y, "shape", None)
+    if shape is None or not _fits(tuple(shape), tuple(x.shape)):
+        got = y if shape is None else tuple(shape)
+        raise ValueError(f"{name} must return the shape of its input, {tuple(x.shape)}, got {got}")
 
 
-def _loop(blocks, values, program, x, arguments):
-    """Scans the first block over the stacked weights of all."""
-    variables = blocks[0].trainable_variables
-
-    def run(x, values):
-        # Here, so that the weights are gathered once for all that the backward pass needs them.
-        values = [gather(*pair) for pair in zip(values, variables, strict=True)]
-        return _function(blocks[0], arguments)(x, values)
-
-    def step(x, values):
-        x, losses = keras.remat(run)(x, values)
-        return split_batch(x), losses
-
-    layers = [
-        keras.ops.stack([keras.ops.cast(value, dtype) for value in layers])
-        for dtype, layers in zip(program.read_as, zip(*values, strict=True), strict=True)
-    ]
-    x, losses = keras.ops.scan(step, x, layers)
-    for loss in losses:  # one of every layer
-        blocks[0].add_loss(keras.ops.sum(loss))
-    return x
+def _fits(shape, expected):
+    pairs = zip(shape, expected, strict=False)
+    return len(shape) == len(expected) and all(a == b or None in (a, b) for a, b in pairs)
 
 
-class _Program(NamedTuple):
-    """The trace of a block, to be compared with those of the others.
+class _PureBlock:
+    """A block's call as a function of tensors, without side effects.
+
+    Args:
+        block: built layer.
+        arguments: dict, the further arguments of its call.
+        others: list of `keras.Variable`, what it may use besides its own.
 
     Attributes:
-        text: str, the jaxpr without addresses.
-        constants: list, what the trace captured.
-        read_as: list, the dtype in which each weight may be stacked.
+        weights: list of `keras.Variable`, what the block trains.
+        state: list of `keras.Variable`, what it may change: seeds, averages, metrics.
+        others: list of `keras.Variable`, those that are not its own.
+        updated: list of `keras.Variable`, what its last call changed.
+        tensors: list, the float tensors among the arguments: TensorFlow's recomputation
+            has gradients for what it is given, not for what it finds in a closure.
     """
 
-    text: str
-    constants: list
-    read_as: list
+    def __init__(self, block, arguments, others):
+        self.block, self.arguments = block, arguments
+        self.weights = list(block.trainable_variables)
+        self.state = [v for v in block.variables if not v.trainable] + block.metrics_variables
+        own = {id(v) for v in (*self.weights, *self.state)}
+        self.others = [v for v in others if id(v) not in own]
+        self.updated = []
+        self.tensors = [leaf for leaf in keras.tree.flatten(arguments) if _is_float_tensor(leaf)]
+
+    def read(self, x):
+        """Returns the present values of its own variables and of the others, two lists.
+
+        On TensorFlow and PyTorch the values of weights are None: there, the gradient goes to the
+        variables themselves.
+        """
+        lists = ((*self.weights, *self.state), self.others)
+        return _as_stored()(x, run=lambda x: [[_value(v) for v in some] for some in lists])
+
+    def __call__(self, x, tensors, own, others):
+        """Returns output, losses and the new values of what the call has updated.
+
+        Args:
+            x: float tensor `(B, S, D)`.
+            tensors: list, in place of the attribute.
+            own, others: lists, as of `read`.
+        """
+        variables = [*self.weights, *self.state, *self.others]
+        pairs = zip(variables, [*own, *others], strict=True)
+        given = [(variable, value) for variable, value in pairs if value is not None]
+
+        def run(x):
+            scope = keras.StatelessScope(given, collect_losses=True)
+            before = [scope.get_current_value(v) for v in variables]
+            with scope:
+                y = self.block(x, **self._arguments(tensors))
+            check_shape(self.block.name, y, x)
+            after = [scope.get_current_value(v) for v in variables]
+            changed = [i for i, value in enumerate(after) if value is not before[i]]
+            self.updated = [variables[i] for i in changed]
+            return y, list(scope.losses), [after[i] for i in changed]
+
+        return _as_stored()(x, run=run)
+
+    def function(self, others, on_mesh=False):
+        """The block as a function of its input and its own values, for `ops.jax.function_loop`.
+
+        Args:
+            others: list, as of `read`.
+            on_mesh: bool, whether it says where values lie on the mesh.
+        """
+
+        def run(x, own):
+            if on_mesh:  # here, so that weights are gathered once for all that backward needs them
+                weights = [gather(*pair) for pair in zip(own, self.weights, strict=False)]
+                own = [*weights, *own[len(weights) :]]
+            y, losses, state = self(x, self.tensors, own, others)
+            return (split_batch(y) if on_mesh else y, losses), state
+
+        return run
+
+    def updated_places(self):
+        """Where in its state the variables stand that the last call changed; None: not in it."""
+        places = {id(variable): place for place, variable in enumerate(self.state)}
+        return [places.get(id(variable)) for variable in self.updated]
+
+    def _arguments(self, tensors):
+        replaced = iter(tensors)
+        return keras.tree.map_structure(
+            lambda leaf: next(replaced) if _is_float_tensor(leaf) else leaf, self.arguments
+        )
+
+    def commit(self, losses, values):
+        """Adds the losses and assigns the new state, as the call itself would have done."""
+        for loss in losses:
+            self.block.add_loss(loss)
+        for variable, value in zip(self.updated, values, strict=True):
+            variable.assign(value)
 
 
-def _common_program(blocks, values, x, arguments):
-    """The trace that all blocks share, or None if they are not one program."""
-    variables = [v for block in blocks for v in block.variables]
-    # A loop would lose what a block updates, and count a penalty of its weights twice.
-    if any(not v.trainable or v.regularizer is not None for v in variables):
+@functools.cache
+def _as_stored():
+    """A layer that runs `run(x)` on variables as they are stored.
+
+    In the model's own call Keras casts all variables to the compute dtype, averages and metrics
+    too. A layer without autocast is the public way out.
+    """
+
+    class AsStored(keras.layers.Layer):
+        def call(self, x, run):
+            return run(x)
+
+    return AsStored(autocast=False)
+
+
+def _value(variable):
+    """The value of a variable, which a later assignment leaves as it is."""
+    if keras.config.backend() == "jax":
+        return variable.value
+    # The tape of TensorFlow or PyTorch follows the variable itself.
+    return None if variable.trainable else keras.ops.copy(variable.value)
+
+
+def _is_float_tensor(leaf):
+    return keras.ops.is_tensor(leaf) and "float" in keras.backend.standardize_dtype(leaf.dtype)
+
+
+def _recompute(block, x):
+    """Runs one block, again in the backward pass."""
+    stored = block.read(x)
+    if keras.config.backend() == "jax":
+        y, losses, values = keras.remat(block)(x, block.tensors, *stored)
+    else:
+        states = []  # not outputs: TensorFlow would ask for the gradient of a seed
+
+        def run(x, *tensors):
+            y, losses, values = block(x, tensors, *stored)
+            states.append(values)
+            return (y, *losses)
+
+        y, *losses = keras.remat(run)(x, *block.tensors)
+        values = states[0]
+    block.commit(losses, values)
+    return y
+
+
+def _programs(blocks, values, x):
+    """The programs that the blocks repeat, to be run as a loop; None to write them out."""
+    from grug_keras.ops.jax.function_loop import find_programs
+
+    state = [id(variable) for block in blocks for variable in block.state]
+    if len(set(state)) < len(state):  # the second of two blocks must see what the first changed
         return None
-    first, *others = (_trace(*pair, x, arguments) for pair in zip(blocks, values, strict=True))
-    return first if first and all(first == other for other in others) else None
+    functions = [block.function(others) for block, (_, others) in zip(blocks, values, strict=True)]
+    programs = find_programs(functions, [own for own, _ in values], x)
+    places = [block.updated_places() for block in blocks]
+    repeats = programs and places == places[: len(programs)] * (len(blocks) // len(programs))
+    return programs if repeats and all(None not in some for some in places) else None
 
 
-def _trace(block, values, x, arguments):
-    """Traces a block, forward and backward: a block may define its own derivatives."""
-    import jax
+def _loop(blocks, values, programs, x):
+    """Runs the blocks as one loop over the programs that they repeat."""
+    from grug_keras.ops.jax.function_loop import loop
 
-    def both(x, values):
-        y, pullback = jax.vjp(_function(block, arguments), x, values)
-        return y, pullback(jax.tree.map(jax.numpy.ones_like, y))
-
-    traced = jax.make_jaxpr(both)(x, values)
-    y = traced.out_avals[0]
-    if (y.shape, y.dtype) != (x.shape, x.dtype):
-        return None
-    weights = traced.jaxpr.invars[-len(values) :] if values else []
-    read_as = [_read_as(traced, weight) for weight in weights]
-    return _Program(_ADDRESS.sub("", str(traced)), list(_constants(traced)), read_as)
-
-
-def _constants(traced):
-    """Yields what a trace captured, at any depth: its text does not hold the values of arrays."""
-    import jax
-
-    for constant in getattr(traced, "consts", ()):
-        is_traced = isinstance(constant, jax.core.Tracer)
-        yield id(constant) if is_traced else np.asarray(constant).tobytes()
-    for equation in traced.eqns:
-        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
-            if _is_program(part):
-                yield from _constants(part)
-
-
-def _is_program(part):
-    return hasattr(part, "eqns")
-
-
-def _read_as(traced, weight):
-    """The dtype of the block's first cast of a weight: the stacked copy can already use it."""
-    uses = [equation for equation in traced.eqns if weight in equation.invars]
-    rounded = {use.params.get("new_dtype") for use in uses}
-    return rounded.pop() if len(rounded) == 1 and None not in rounded else weight.aval.dtype
-
-
-def _function(block, arguments):
-    """The block as a function of `(x, values of its weights)` that returns output and losses."""
-
-    def run(x, values):
-        y, _, losses = block.stateless_call(values, [], x, return_losses=True, **arguments)
-        return y, losses
-
-    return run
+    period = len(programs)
+    functions = [
+        block.function(others, on_mesh=True)
+        for block, (_, others) in zip(blocks[:period], values, strict=False)
+    ]
+    x, found = loop(functions, [own for own, _ in values], programs, x)
+    for i, block in enumerate(blocks):
+        losses, state = found[i % period]
+        losses = [keras.ops.sum(loss) for loss in losses] if i < period else []  # of all layers
+        block.commit(losses, [value[i // period] for value in state])
+    return x

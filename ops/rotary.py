@@ -10,8 +10,8 @@ def rotary_embedding(x, positions, *, theta=10000.0, num_positions=None):
     """Rotates each pair of features by an angle that grows with the position.
 
     Half-split layout: feature `i` is paired with feature `i + H / 2`, as in Llama and
-    Qwen, not with its neighbour. Angles are float32 at least, whatever the dtype of `x`:
-    in bfloat16, positions above 256 would collide.
+    Qwen, not with its neighbour. Sines and cosines are right to float32 rounding at every int32
+    position, whatever the dtype of `x`: angles in bfloat16 would collide above position 256.
 
     Args:
         x: float tensor of shape `(B, S, N, H)`, `H` even.
@@ -47,9 +47,7 @@ def rotary_embedding(x, positions, *, theta=10000.0, num_positions=None):
         table = _table_up_to(num_positions, half, theta)
         cos, sin = (ops.take(ops.convert_to_tensor(t), positions, axis=0) for t in table)
     else:
-        frequencies = ops.convert_to_tensor(_frequencies(half, theta).astype("float32"))
-        angles = ops.cast(positions, "float32")[..., None] * frequencies
-        cos, sin = ops.cos(angles), ops.sin(angles)
+        cos, sin = _device_table(positions, half, theta)
     compute_dtype = "float64" if ops.dtype(x) == "float64" else "float32"
     cos, sin = (ops.expand_dims(ops.cast(t, compute_dtype), -2) for t in (cos, sin))
     x1 = ops.cast(x[..., :half], compute_dtype)
@@ -59,13 +57,39 @@ def rotary_embedding(x, positions, *, theta=10000.0, num_positions=None):
 
 
 def _frequencies(half, theta):
-    return theta ** (-np.arange(half) / half)
+    # torch.compile runs NumPy as PyTorch, which divides integers in float32.
+    return theta ** (-np.arange(half, dtype="float64") / half)
 
 
 def _host_table(positions, half, theta):
     """Returns cosines and sines `(*positions, H / 2)`: float64 angles, float32 results."""
     angles = positions[..., None] * _frequencies(half, theta)
     return np.cos(angles).astype("float32"), np.sin(angles).astype("float32")
+
+
+def _device_table(positions, half, theta):
+    """Returns cosines and sines `(*positions, H / 2)` as `_host_table` does, without float64.
+
+    A float32 product of position and frequency is off by 2e-3 at position 131,071. Here an angle
+    is counted in turns, and a frequency is split into `high`, an integer number of 2**-32 turns,
+    and `low`, at most 2**-33 turns. `position * high` in int32 is exact and overflows by whole
+    turns, which an angle does not need; `position * low` is at most a quarter of a turn, small
+    enough for float32.
+
+    References: a constant split into a part with exact products and a small rest, Cody and
+    Waite, Software Manual for the Elementary Functions, 1980; whole turns dropped before the
+    product is rounded, Payne and Hanek, ACM SIGNUM Newsletter 18(1), 1983.
+    """
+    turns = _frequencies(half, theta) / (2 * np.pi)
+    turns = turns - np.rint(turns)
+    high = np.rint(turns * 2.0**32)
+    low = (turns - high / 2.0**32).astype("float32")
+    high = ops.convert_to_tensor(high.astype("int64").astype("int32"))  # 2**31 becomes -2**31
+    steps = ops.cast(positions, "int32")[..., None] * high
+    turns = ops.cast(steps, "float32") * 2.0**-32
+    turns = turns + ops.cast(positions, "float32")[..., None] * ops.convert_to_tensor(low)
+    angles = turns * (2 * np.pi)
+    return ops.cos(angles), ops.sin(angles)
 
 
 @functools.lru_cache(maxsize=16)

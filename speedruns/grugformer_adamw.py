@@ -5,10 +5,10 @@ Expect:  about 2.26 bits per byte, where the starter has 2.03.
 """
 
 from grug_keras import Grugformer
+from grug_keras.optimizers import AdamW
 from grug_keras.speedrun import Recipe, main
-import keras
 
-RECIPES = {"smoke": Recipe(steps=1000, batch_size=8, learning_rate=0.001)}
+RECIPES = {"smoke": Recipe(steps=1000, batch_size=8, learning_rate=0.002)}
 
 
 def build_model(config):
@@ -16,7 +16,8 @@ def build_model(config):
 
 
 def build_optimizer(learning_rate):
-    return keras.optimizers.AdamW(learning_rate, beta_2=0.95, weight_decay=0.01)
+    by_role = {"embedding": {"lr_ratio": 24.0}}
+    return AdamW(learning_rate, beta_2=0.95, weight_decay=0.01, by_role=by_role)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import itertools
 
+from gradients import differentiated
 from grug_keras import CausalSelfAttention, GrugConfig, Grugformer, ops
 from grug_keras.config import PRESETS
+from grug_keras.loss import next_token_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import keras
@@ -77,11 +79,7 @@ def test_implementations_are_listed():
 def test_rotary_equals_the_complex_rotation(positions, rng):
     x = rng.normal(size=(2, 7, 3, 8)).astype("float32")
     got = to_numpy(ops.rotary_embedding(x, positions, theta=100.0))
-    # float32 angles: at position 5000 the angle itself is only good to 5000 * 6e-8
-    assert oracle.relative_error(got, oracle.rotary(x, positions, 100.0)) < 2e-4
-    near = np.minimum(positions, 9)
-    got = to_numpy(ops.rotary_embedding(x, near, theta=100.0))
-    assert oracle.relative_error(got, oracle.rotary(x, near, 100.0)) < 2e-6
+    assert oracle.relative_error(got, oracle.rotary(x, positions, 100.0)) < 2e-6
 
 
 def test_rotary_scores_depend_on_the_distance_only(rng):
@@ -103,6 +101,51 @@ def test_rotary_keeps_the_dtype_and_uses_float32_angles(rng):
     assert oracle.relative_error(got, oracle.rotary(x, [1000, 1001])) < 4e-3
 
 
+def optimised(function, *tensors):
+    """Calls a function of tensors as the backend compiles it for users, not for fast tests."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        options = {
+            "xla_backend_optimization_level": 3,
+            "xla_llvm_disable_expensive_passes": False,
+        }
+        return jax.jit(function).lower(*tensors).compile(compiler_options=options)(*tensors)
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)(*tensors)
+    import torch
+
+    return torch.compile(function, backend="eager")(*tensors)  # without a C++ compiler
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 1e6])
+@pytest.mark.parametrize("most", [131_071, 2**24, 2**31 - 1])
+def test_rotary_is_exact_at_every_position_that_only_the_device_knows(theta, most, rng):
+    positions = rng.integers(-most, most, 2048, endpoint=True).astype("int32")
+    positions[:3] = most, -most, 0
+    x = np.ones((1, 2048, 1, 64), "float32")
+    tensors = [keras.ops.convert_to_tensor(t) for t in (x, positions)]
+    got = optimised(lambda x, p: ops.rotary_embedding(x, p, theta=theta), *tensors)
+    np.testing.assert_allclose(to_numpy(got), oracle.rotary(x, positions, theta), atol=1e-6, rtol=0)
+
+
+def test_rotary_is_exact_at_positions_of_the_host_in_a_compiled_step():
+    positions = np.arange(131_000, 131_072)
+    x = np.ones((1, 72, 1, 64), "float32")
+    got = optimised(lambda x: ops.rotary_embedding(x, positions), keras.ops.convert_to_tensor(x))
+    np.testing.assert_allclose(to_numpy(got), oracle.rotary(x, positions), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64"])
+def test_rotary_takes_positions_of_any_integer_dtype(dtype):
+    positions = np.arange(200, 205).astype(dtype)
+    x = np.ones((1, 5, 1, 8), "float32")
+    got = to_numpy(ops.rotary_embedding(x, keras.ops.convert_to_tensor(positions)))
+    np.testing.assert_allclose(got, oracle.rotary(x, positions), atol=1e-6, rtol=0)
+
+
 def test_rotary_refuses_bad_input():
     x = np.ones((1, 2, 1, 6), "float32")
     with pytest.raises(ValueError, match="even last dimension, got 5"):
@@ -116,6 +159,76 @@ def test_rotary_refuses_bad_input():
 def test_positions_restart_at_each_document():
     got = ops.document_positions(np.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 3, 3, 3, 3, 3]]))
     np.testing.assert_array_equal(to_numpy(got), [[0, 1, 2, 0, 1, 0, 1], [0, 0, 0, 1, 2, 3, 4]])
+
+
+# --------------------------------------------------------------- accuracy and float16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_next_token_accuracy_is_the_share_of_right_guesses(dtype, weighted, rng):
+    hidden = keras.ops.cast(rng.normal(size=(2, 9, 8)).astype("float32"), dtype)
+    head = rng.normal(size=(8, 300)).astype("float32")
+    rounded = to_numpy(keras.ops.cast(keras.ops.cast(head, dtype), "float32"))
+    guesses = np.argmax(to_numpy(keras.ops.cast(hidden, "float32")) @ rounded, axis=-1)
+    is_right = rng.integers(0, 2, (2, 9)).astype(bool)
+    labels = np.where(is_right, guesses, (guesses + 256) % 300)
+    weights = rng.integers(0, 4, (2, 9)).astype("float32") if weighted else None
+    loss, weight, accuracy = next_token_loss(hidden, head, labels, weights, return_accuracy=True)
+    assert keras.backend.standardize_dtype(accuracy.dtype) == "float32"
+    assert to_numpy(accuracy) == pytest.approx(np.average(is_right, weights=weights), rel=1e-6)
+    without = next_token_loss(hidden, head, labels, weights)
+    assert [to_numpy(t) for t in without] == [to_numpy(t) for t in (loss, weight)]
+
+
+def test_next_token_accuracy_without_weight_is_zero(rng):
+    hidden, head = rng.normal(size=(2, 3, 8)), rng.normal(size=(8, 5))
+    labels = np.zeros((2, 3), "int32")
+    result = next_token_loss(
+        hidden.astype("float32"), head.astype("float32"), labels, np.zeros(2), return_accuracy=True
+    )
+    assert [to_numpy(t) for t in result] == [0, 0, 0]
+
+
+def gradients_of(function, arrays, dtype, scale):
+    """Returns the gradients of `scale * function`, divided by it, with arrays cast to `dtype`."""
+
+    def scaled(*tensors):
+        return scale * function(*[keras.ops.cast(t, dtype) for t in tensors]), ()
+
+    _, _, gradients = differentiated(scaled, len(arrays))(*arrays)
+    return [gradient / scale for gradient in gradients]
+
+
+@pytest.mark.parametrize("length", [8, 300])  # all logits at once, and in blocks
+def test_attention_in_float16_with_a_scaled_loss(length, rng):
+    q, k, v, out = rng.normal(size=(4, 1, length, 2, 8)).astype("float32")
+    ids = np.sort(rng.integers(0, 3, (1, length)), axis=1)
+
+    def mean(q, k, v):
+        mask = ops.AttentionMask(sliding_window=100).with_segment_ids(ids)
+        result = keras.ops.cast(ops.attention(q, k, v, mask), "float32")
+        return keras.ops.mean(result * keras.ops.convert_to_tensor(out))
+
+    exact = gradients_of(mean, (q, k, v), "float32", 1.0)
+    half = gradients_of(mean, (q, k, v), "float16", 2.0**15)
+    for got, want in zip(half, exact, strict=True):
+        assert oracle.relative_error(got, want) < 2e-3
+
+
+def test_fused_loss_in_float16_with_a_scaled_loss(rng):
+    hidden = rng.normal(size=(40, 16)).astype("float32")
+    head = rng.normal(size=(16, 37)).astype("float32")
+    labels, weights = rng.integers(0, 37, 40), rng.integers(0, 2, 40).astype("float32")
+
+    def loss(hidden, head):
+        return ops.fused_linear_cross_entropy(hidden, head, labels, weights=weights)
+
+    exact = gradients_of(loss, (hidden, head), "float32", 1.0)
+    for got, want in zip(
+        gradients_of(loss, (hidden, head), "float16", 2.0**15), exact, strict=True
+    ):
+        assert oracle.relative_error(got, want) < 2e-3
 
 
 # ---------------------------------------------------------------------- configuration

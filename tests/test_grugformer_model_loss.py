@@ -175,7 +175,7 @@ def test_mixed_bfloat16_trains_with_float32_weights(tiny_config, tokens):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"loss": "mse"}, {"metrics": ["accuracy"]}, {"weighted_metrics": ["accuracy"]}]
+    "bad", [{"loss": "mse"}, {"metrics": ["mse"]}, {"weighted_metrics": ["accuracy"]}]
 )
 def test_losses_and_metrics_that_would_see_hidden_states_are_refused(model, bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*hidden states"):

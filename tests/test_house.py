@@ -98,9 +98,14 @@ def code_lines(path):
     return len(lines - documented)
 
 
+def is_core(path):
+    """Whether the README counts a file to the core: not what picks JAX when Keras is imported."""
+    return part_of(path) == "core" and path.stem != "backend"
+
+
 def test_the_core_is_read_in_one_sitting():
     """And the README tells its true size."""
-    core = sum(code_lines(path) for path in PACKAGE.glob("*.py"))
+    core = sum(code_lines(path) for path in PACKAGE.glob("*.py") if is_core(path))
     assert core <= 1000
     readme = (ROOT / "README.md").read_text()
     assert f"{round(core, -1):,} lines of code" in readme, core

@@ -78,7 +78,13 @@ def build_model(config):
 
 
 def build_optimizer(learning_rate):
-    return Muon(learning_rate, adam_lr_ratio=0.3, adam_beta_2=0.95, weight_decay=0.01)
+    return Muon(
+        learning_rate,
+        adam_lr_ratio=0.3,
+        adam_beta_2=0.95,
+        weight_decay=0.01,
+        adam_weight_decay=0.004,
+    )
 
 
 if __name__ == "__main__":

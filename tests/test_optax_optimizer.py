@@ -2,7 +2,7 @@
 
 import contextlib
 
-from grug_keras import GrugConfig, Grugformer, OptaxOptimizer
+from grug_keras import Block, GrugConfig, Grugformer, OptaxOptimizer
 from grug_keras.optimizers.schedule import Trapezoid
 from grug_keras.training.checkpoints import Checkpoints
 import keras
@@ -148,6 +148,45 @@ def test_bad_transformations_are_named():
     model = make(optimizer)
     with pytest.raises(ValueError, match="must be those the optimizer was built with"):
         optimizer.apply([None], model.trainable_variables[:1])
+
+
+class Gate(Block):
+    """A block with a gain that may not be negative, and that training drives below zero."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        options = {"constraint": "non_neg", "initializer": "ones"}
+        self.gain = self.add_weight(name="gain", shape=(16,), **options)
+
+    def call(self, x, **arguments):
+        return super().call(x, **arguments) * self.gain
+
+
+@pytest.mark.jax
+def test_constraints_hold_after_an_update():
+    keras.utils.set_random_seed(0)
+    model = Grugformer(CONFIG, Gate)
+    model.compile(OptaxOptimizer("sgd", {"learning_rate": 1e3}))
+    train(model, [0])
+    gains = np.stack([block.gain.numpy() for block in model.blocks])
+    assert gains.min() == 0
+    assert gains.max() > 1
+
+
+@pytest.mark.jax
+def test_callbacks_that_set_a_rate_are_refused():
+    model = make(OptaxOptimizer("sgd", {"learning_rate": 0.1}))
+    inputs, labels = batch(0)
+    options = {"epochs": 4, "verbose": 0}
+    for callback in (
+        keras.callbacks.LearningRateScheduler(lambda epoch: 0.01),
+        keras.callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=1e9),
+    ):
+        with pytest.raises(ValueError, match="cannot set the learning rate of OptaxOptimizer"):
+            model.fit(inputs, labels, callbacks=[callback], **options)
+    with pytest.raises(ValueError, match="rate is set in the transformation") as error:
+        model.optimizer.learning_rate = 0.01
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(keras.config.backend() == "jax", reason="it runs there")

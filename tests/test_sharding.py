@@ -6,7 +6,7 @@ import subprocess
 import sys
 import types
 
-from grug_keras import GrugConfig, Grugformer, distribution
+from grug_keras import GrugConfig, Grugformer, OptaxOptimizer, distribution
 from grug_keras.data import TokenBatches
 from grug_keras.distribution.processes import rows_of_process
 import keras
@@ -90,6 +90,52 @@ def test_an_experiment_adds_a_rule(report):
     remedy = report["errors"]["unknown variable"]
     assert "shape (128, 256)" in remedy
     assert r".*/block_\d+/extra" in remedy
+
+
+@pytest.fixture(scope="module")
+def optimizers():
+    script = [sys.executable, HERE / "mesh_optimizers.py"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.jax
+@pytest.mark.parametrize("name", ["Keras's Adafactor", "optax's Adafactor", "Muon with stacks"])
+def test_slots_of_any_shape_train_as_on_one_device(optimizers, name):
+    """Four steps: large factored slots of the embedding, the head and stacks of matrices."""
+    found = optimizers[name]
+    assert found["losses"][-1] < 0.98 * found["losses"][0], "it learnt nothing"
+    assert found["difference"] < 1e-5
+    assert found["weights"] < 1e-5
+
+
+@pytest.mark.jax
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda: keras.optimizers.Adafactor(1e-3),
+        lambda: OptaxOptimizer("adafactor", {"learning_rate": 1e-3, "min_dim_size_to_factor": 8}),
+    ],
+    ids=["Keras", "optax"],
+)
+def test_factored_slots_need_no_rule(make_optimizer):
+    """Also where a rule for all axes of a weight matches the slots, by the end of their paths."""
+    vocab_size = 2 * distribution.sharding.LARGEST_COPY
+    rules = {**distribution.RULES, r".*scale": (None,)}
+    distribution.distribute("data=1", rules)
+    try:
+        model = Grugformer(GrugConfig(vocab_size, 16, 24, 1, 4, 2, max_seq_len=8))
+        model.build()
+        optimizer = make_optimizer()
+        optimizer.build(model.trainable_variables)
+        state = keras.ops.zeros(vocab_size + 1)
+        with pytest.raises(ValueError, match="no sharding rule matches free of shape"):
+            keras.Variable(state, trainable=False, name="free")
+    finally:
+        keras.distribution.set_distribution(None)
+    assert vocab_size in {max(v.shape, default=0) for v in optimizer.variables if len(v.shape) == 1}
 
 
 @pytest.mark.jax

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import time
 import click
 from click.testing import CliRunner
 import grug_cli
-from grug_keras import Grugformer
+from grug_keras import MLP, Block, Grugformer
 from grug_keras.data import load_corpus, token_stream
 from grug_keras.data.batches import TokenBatches
 from grug_keras.data.tokenizer import ByteTokenizer
@@ -313,6 +314,46 @@ def test_ctrl_c_inside_a_step_loses_no_weights(tiny_run, tiny_model):
     assert int(model.optimizer.iterations) == 4
 
 
+class Loaded(MLP):
+    """An MLP with a metric of its own."""
+
+    def __init__(self, config, **kwargs):
+        super().__init__(config, **kwargs)
+        self.load = keras.metrics.Mean(name="load")
+
+    def call(self, x):
+        self.load.update_state(keras.ops.mean(keras.ops.abs(x)))
+        return super().call(x)
+
+
+class LoadedBlock(Block):
+    mlp_class = Loaded
+
+
+def test_metrics_of_layers_and_norms_by_role_are_in_curve_and_record(tiny_run, tiny_model):
+    class Model(Grugformer):
+        def __init__(self, config, **kwargs):
+            super().__init__(config, LoadedBlock, **kwargs)
+
+        def get_config(self):
+            return {"config": super().get_config()["config"]}
+
+    tiny_run.options = dataclasses.replace(tiny_run.options, norms=True)
+    assert tiny_run(lambda c: tiny_model(c, Model), keras.optimizers.AdamW) == 0
+    with open(tiny_run.folder.curve, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(float(row["block_0/mlp/load"]) > 0 for row in rows)
+    roles = ("embedding", "matrix", "vector", "head")
+    for row in rows:
+        squares = sum(float(row[f"gradient_norm/{role}"]) ** 2 for role in roles)
+        assert squares == pytest.approx(float(row["gradient_norm"]) ** 2, rel=1e-4)
+        assert all(float(row[f"update_norm/{role}"]) > 0 for role in roles)
+        assert all(float(row[f"parameter_norm/{role}"]) > 0 for role in roles)
+    record = json.loads(tiny_run.folder.results.read_text())
+    assert record["evaluations"][-1]["block_0/mlp/load"] > 0
+    assert record["loss"] == record["evaluations"][-1]["loss"]
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(MemoryError, "failed"), (KeyboardInterrupt, "interrupted")]
 )
@@ -405,6 +446,8 @@ def test_a_meter_tells_speed_share_of_the_peak_and_time_left(tmp_path, capsys):
     again = meter(tmp_path, first_step=5)  # nothing is left to train
     assert again.figures()["train_loss"] == -1.0
     assert again.figures()["tokens_per_second"] is None
+    with pytest.raises(ValueError, match="has the columns .* would write .*,load"):
+        meter(tmp_path, first_step=5, extra=["load"])
 
 
 def test_rows_that_a_full_disk_does_not_take_wait(tmp_path, caplog):

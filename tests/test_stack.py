@@ -1,16 +1,16 @@
-"""Blocks in one loop compute what blocks written out compute; Muon by stacks, what Keras's does."""
+"""Blocks in one loop compute what blocks written out compute."""
 
 import dataclasses
+import warnings
 
-from grug_keras import MLP, Block, GrugConfig, Grugformer, Muon, stack
+from grug_keras import MLP, Block, GrugConfig, Grugformer, stack
 import keras
 import numpy as np
 import pytest
 
-CONFIG = GrugConfig(40, 16, 24, 2, 4, 2, max_seq_len=12, qk_norm=True, remat=True)
+CONFIG = GrugConfig(40, 16, 24, 4, 4, 2, max_seq_len=12, qk_norm=True, remat=True)
 
 
-@keras.saving.register_keras_serializable(package="test_stack")
 class EverySecond(Block):
     """Another program in every second block, told by its name alone."""
 
@@ -19,10 +19,18 @@ class EverySecond(Block):
         return y + x if int(self.name[-1]) % 2 else y
 
 
+class LastAlone(Block):
+    """Another program in the last block alone."""
+
+    def call(self, x, **arguments):
+        y = super().call(x, **arguments)
+        return y + x if self.name == "block_3" else y
+
+
 class WithPenalty(Block):
     def call(self, x, **arguments):
         y = super().call(x, **arguments)
-        self.add_loss(1e-2 * keras.ops.mean(keras.ops.square(y)))
+        self.add_loss(0.3 * keras.ops.mean(keras.ops.square(y)))
         return y
 
 
@@ -87,11 +95,11 @@ def data(rng):
     return {"token_ids": tokens[:, :-1], "segment_ids": segments}, tokens[:, 1:]
 
 
-def train(block_class, remat, rng, optimizer=None):
+def train(block_class, remat, rng):
     keras.utils.set_random_seed(0)
     config = dataclasses.replace(CONFIG, remat=remat)
     model = Grugformer(config, block_class)
-    model.compile(optimizer or keras.optimizers.SGD(0.1))
+    model.compile(keras.optimizers.SGD(0.1))
     inputs, labels = data(rng)
     losses = model.fit(inputs, labels, epochs=3, verbose=0, shuffle=False).history["loss"]
     return losses, model.get_weights()
@@ -99,15 +107,15 @@ def train(block_class, remat, rng, optimizer=None):
 
 @pytest.fixture
 def loops(monkeypatch):
-    """Whether each call since then ran as a loop."""
-    found, search = [], stack._common_program
+    """The number of programs in the loop of each call since then, 0 for blocks written out."""
+    found, search = [], stack._programs
 
     def spy(*arguments):
-        program = search(*arguments)
-        found.append(program is not None)
-        return program
+        programs = search(*arguments)
+        found.append(len(programs or ()))
+        return programs
 
-    monkeypatch.setattr(stack, "_common_program", spy)
+    monkeypatch.setattr(stack, "_programs", spy)
     return found
 
 
@@ -120,15 +128,16 @@ def case(*values, slow=False, jax=False):
 @pytest.mark.parametrize(
     ("block_class", "policy", "loop"),
     [
-        case(Block, "float32", True),
-        case(Block, "mixed_bfloat16", True, slow=True),
-        case(EverySecond, "float32", False, jax=True, slow=True),
-        case(WithPenalty, "float32", True),
-        case(WithRegularizer, "float32", False, slow=True),
-        case(OwnConstant, "float32", False, jax=True, slow=True),
-        case(OwnGradient, "float32", False, jax=True),
-        case(PreciseBlock, "mixed_bfloat16", True, jax=True, slow=True),
-        case(PreciseBlock, "float32", True, jax=True, slow=True),
+        case(Block, "float32", 1),
+        case(Block, "mixed_bfloat16", 1, slow=True),
+        case(EverySecond, "float32", 2, jax=True),
+        case(LastAlone, "float32", 0, jax=True, slow=True),
+        case(WithPenalty, "float32", 1),
+        case(WithRegularizer, "float32", 1, slow=True),
+        case(OwnConstant, "float32", 0, jax=True, slow=True),
+        case(OwnGradient, "float32", 0, jax=True),
+        case(PreciseBlock, "mixed_bfloat16", 1, jax=True, slow=True),
+        case(PreciseBlock, "float32", 1, jax=True, slow=True),
     ],
 )
 def test_a_loop_over_blocks_trains_as_blocks_written_out(block_class, policy, loop, loops, recwarn):
@@ -140,26 +149,71 @@ def test_a_loop_over_blocks_trains_as_blocks_written_out(block_class, policy, lo
     (losses, weights), (expected_losses, expected) = results
     assert loops == ([loop] * len(loops) if keras.config.backend() == "jax" else [])
     assert loops or keras.config.backend() != "jax"
-    assert any("compiled by itself" in str(w.message) for w in recwarn) == (False in loops)
-    tolerance = 1e-5 if policy == "float32" else 1e-2
+    assert any("compiled by itself" in str(w.message) for w in recwarn) == (0 in loops)
+    tolerance = 2e-5 if policy == "float32" else 1e-2
     np.testing.assert_allclose(losses, expected_losses, rtol=tolerance)
     for got, want in zip(weights, expected, strict=True):
         np.testing.assert_allclose(got, want, atol=tolerance)
 
 
-@pytest.mark.jax  # elsewhere the update is Keras's own
-def test_muon_updates_as_that_of_keras():
-    """Momentum, weight decay, matrices of several shapes, AdamW for the rest, by hand."""
-    options = {
-        "exclude_layers": ["lm_head"],
-        "adam_lr_ratio": 0.3,
-        "weight_decay": 0.1,
-        "nesterov": True,
-    }
-    mine, theirs = (
-        train(Block, False, np.random.default_rng(0), optimizer(0.02, **options))
-        for optimizer in (Muon, keras.optimizers.Muon)
-    )
-    np.testing.assert_allclose(mine[0], theirs[0], rtol=1e-5)
-    for got, want in zip(mine[1], theirs[1], strict=True):
-        np.testing.assert_allclose(got, want, atol=2e-5)
+@pytest.mark.jax
+def test_blocks_that_differ_in_an_array_are_told_apart_whatever_jax_makes_of_constants(loops):
+    """JAX is on its way to keep arrays in the program, where its text does not show them."""
+    import jax
+
+    flag = "jax_use_simplified_jaxpr_constants"
+    before = getattr(jax.config, flag)
+    jax.config.update(flag, True)
+    try:
+        train(OwnConstant, True, np.random.default_rng(0))
+    finally:
+        jax.config.update(flag, before)
+    assert loops
+    assert not any(loops)
+
+
+class SharedAverage(Block):
+    """Blocks that share a state: the second sees what the first has left."""
+
+    average = None
+
+    def call(self, x, **arguments):
+        y = super().call(x, **arguments) + self.average
+        self.average.assign(0.5 * self.average + keras.ops.mean(y))
+        return y
+
+
+class OfModel(Grugformer):
+    """The state is the model's own, not a block's."""
+
+    def build(self, input_shape=None):
+        average = self.add_weight(name="average", shape=(), initializer="ones", trainable=False)
+        for block in self.blocks:
+            object.__setattr__(block, "average", average)
+        super().build(input_shape)
+
+
+def test_a_state_of_the_model_that_all_blocks_change_is_followed():
+    found = []
+    for remat in (False, True):
+        keras.utils.set_random_seed(0)
+        model = OfModel(dataclasses.replace(CONFIG, remat=remat), SharedAverage)
+        model.compile(keras.optimizers.SGD(0.1))
+        inputs, labels = data(np.random.default_rng(0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            logs = model.fit(inputs, labels, epochs=2, verbose=0, shuffle=False).history
+        average = next(v for v in model.non_trainable_variables if "average" in v.path)
+        found.append([*logs["loss"], *logs["gradient_norm"], float(average.numpy())])
+    np.testing.assert_allclose(*found, rtol=1e-4)
+
+
+@pytest.mark.jax
+def test_inference_in_eager_mode_traces_nothing(monkeypatch):
+    """It did at every call, and compiled a loop each time."""
+    model = Grugformer(CONFIG)
+    model.build()
+    inputs, _ = data(np.random.default_rng(0))
+    monkeypatch.setattr(stack, "_programs", None)
+    monkeypatch.setattr(stack, "_recompute", None)
+    model.logits(inputs)

@@ -162,7 +162,8 @@ def test_attention_in_parts_of_a_batch_counts_once():
     from grug_keras.tpu import report
 
     def cycles(parts):
-        model = SimpleNamespace(config=GrugConfig.preset("130m"), accumulate=parts)
+        config = GrugConfig.preset("130m")
+        model = SimpleNamespace(config=config, windows=[None] * 6, accumulate=parts)
         kernels = {"splash_mha_fwd": {"calls": 6 * parts, "cycles": 1000}}
         described = {"batch_size": 32, "seq_len": 2048, "mesh": {"data": 4, "model": 1}}
         return report._cycles({"cycles": 5, "kernels": kernels}, model, described)

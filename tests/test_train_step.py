@@ -110,3 +110,38 @@ def test_a_penalty_in_compute_loss_reaches_the_gradient(accumulate):
         logs = model.fit(inputs, labels, sample_weight=weights, batch_size=6, verbose=0)
         norms.append(logs.history["gradient_norm"][0])
     assert norms[1] > 2 * norms[0]
+
+
+class Regular(Grugformer):
+    """With a penalty of its weights, which has no tokens."""
+
+    def build(self, input_shape=None):
+        super().build(input_shape)
+        self.lm_head.kernel.regularizer = keras.regularizers.L2(0.5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_batch_without_tokens_keeps_its_penalties(accumulate):
+    keras.utils.set_random_seed(0)
+    model = Regular(CONFIG)
+    model.build()
+    model.compile(keras.optimizers.SGD(1.0), accumulate=accumulate)
+    before = model.lm_head.kernel.numpy()
+    inputs, labels, weights = next(batches())
+    model.fit(inputs, labels, sample_weight=0 * weights, batch_size=6, verbose=0)
+    # The derivative of 0.5 w**2 is w: all of it goes in one step.
+    np.testing.assert_allclose(model.lm_head.kernel.numpy(), 0 * before, atol=1e-6)
+
+
+def test_penalties_of_parts_that_do_not_count_the_same_are_those_of_the_whole_batch():
+    """`compute_loss` adds a mean over all positions: parts of equal size count equally in it."""
+    found = []
+    for accumulate in (1, 3):
+        keras.utils.set_random_seed(0)
+        model = Penalised(CONFIG)
+        model.build()
+        model.compile(keras.optimizers.SGD(1e-3), accumulate=accumulate)
+        inputs, labels, weights = next(batches())
+        logs = model.fit(inputs, labels, sample_weight=weights, batch_size=6, verbose=0).history
+        found.append((logs["batch_loss"][0], logs["gradient_norm"][0]))
+    np.testing.assert_allclose(*found, rtol=1e-4)

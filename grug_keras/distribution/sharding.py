@@ -34,6 +34,7 @@ class Sharding(keras.distribution.ModelParallel):
         if tuple(mesh.axis_names) != AXES:
             raise ValueError(f"mesh must have the axes {AXES}, got {tuple(mesh.axis_names)}")
         self.rules = dict(rules)
+        self._factored_shapes = set()  # of the weights so far, each without one of its axes
         layouts = keras.distribution.LayoutMap(mesh)
         for rule, axes in self.rules.items():
             layouts[rule] = axes
@@ -44,11 +45,14 @@ class Sharding(keras.distribution.ModelParallel):
         """Returns the layout of a variable, after checking it.
 
         Raises:
-            ValueError: names a large variable that no rule matches, a variable that two rules
-                match, or one whose shape the mesh does not divide.
+            ValueError: names a large variable that no rule matches and that is no factored slot,
+                a variable that two rules match, or one whose shape the mesh does not divide.
         """
         layout = getattr(variable, "_layout", None)  # an optimizer's slot lies as its weight
         matching = [rule for rule in self.rules if re.fullmatch(rule, variable.path)]
+        if layout is None and self._is_factored(variable, matching):
+            replicated = [None] * len(variable.shape)
+            return keras.distribution.TensorLayout(replicated, self.device_mesh)
         if layout is None and not matching and math.prod(variable.shape) > LARGEST_COPY:
             raise ValueError(
                 f"no sharding rule matches {variable.path} of shape {tuple(variable.shape)}: "
@@ -59,7 +63,22 @@ class Sharding(keras.distribution.ModelParallel):
             raise ValueError(f"sharding rules {matching} all match {variable.path}")
         layout = super().get_variable_layout(variable)
         self._check_divides(variable, layout.axes)
+        if variable.trainable:
+            shape = tuple(variable.shape)
+            self._factored_shapes |= {shape[:i] + shape[i + 1 :] for i in range(len(shape))}
         return layout
+
+    def _is_factored(self, variable, matching):
+        """Whether it is an optimizer's slot with one axis less than a weight, or one element.
+
+        As Adafactor has them: small beside their weights, so that every device may hold all of
+        them (https://arxiv.org/abs/1804.04235, section 3). Keras and optax end their paths as
+        that of the weight, so that a rule for all axes of the weight may match them.
+        """
+        rank, shape = len(variable.shape), tuple(variable.shape)
+        if variable.trainable or any(len(self.rules[rule]) == rank for rule in matching):
+            return False
+        return math.prod(shape) == 1 or shape in self._factored_shapes
 
     def _check_divides(self, variable, axes):
         if len(axes) != len(variable.shape):

@@ -47,7 +47,7 @@ def changes(script, starter, config, size=None):
     model, base = script.build_model(config), starter.build_model(config)
     return [
         *_config_changes(model.config, base.config),
-        *_model_changes(model, base),
+        *dict.fromkeys(_model_changes(model, base)),  # equal blocks change alike
         *_recipe_changes(script.RECIPES, starter.RECIPES, size),
         *_optimizer_changes(script, starter),
     ]
@@ -66,7 +66,11 @@ def _model_changes(model, base):
     yield from _class_changes(type(model), type(base), _bucket_of_model_method, whole_model)
     for part, bucket in (("lm_head", "loss"), ("token_embedding", "block")):
         yield from _part_changes(model, base, part, bucket)
-    block, core_block = model.blocks[0], base.blocks[0]
+    for block in model.blocks:  # `make_block` may make each in its own way
+        yield from _block_changes(block, base.blocks[0])
+
+
+def _block_changes(block, core_block):
     whole_block = ("block", "attention", "mlp")
     yield from _class_changes(type(block), type(core_block), lambda _: "block", whole_block)
     if isinstance(block, type(core_block)):  # another kind of block need not have these parts

@@ -5,7 +5,7 @@ import difflib
 from grug_keras.experiments.buckets import changes
 from grug_keras.experiments.copies import copies
 from grug_keras.experiments.script import STARTER, load_speedrun
-from grug_keras.optimizers.roles import ROLES, role_of
+from grug_keras.optimizers.roles import ROLES, role_in
 from grug_keras.tpu.flops import flops_per_token
 from grug_keras.training.model_config import size_config
 import keras
@@ -59,15 +59,15 @@ def _measure(script, config):
     keras.utils.set_random_seed(0)
     model = script.build_model(config)
     model.build()
-    roles = getattr(script.build_optimizer(1e-3), "roles", None)
-    by_role = dict.fromkeys(ROLES, 0)
+    optimizer = script.build_optimizer(1e-3)
+    by_role = dict.fromkeys([*ROLES, *getattr(optimizer, "by_role", {})], 0)
     for variable in model.trainable_variables:
-        by_role[role_of(variable, roles) or "other"] += int(np.prod(variable.shape))
+        by_role[role_in(optimizer, variable)] += int(np.prod(variable.shape))
     rng = np.random.default_rng(0)
     length = min(_LENGTH, config.max_seq_len)
     tokens = rng.integers(0, _VOCAB_SIZE, (_BATCH, length + 1)).astype("int32")
     inputs = {"token_ids": tokens[:, :-1], "segment_ids": np.ones_like(tokens[:, :-1])}
-    loss, _ = model.token_mean_loss(model(inputs), tokens[:, 1:], None)
+    loss, *_ = model.token_mean_loss(model(inputs), tokens[:, 1:], None)
     return {
         "parameters": model.count_params(),
         "parameters_by_role": by_role,
@@ -109,7 +109,8 @@ def as_text(found):
         old, new = found[name]
         lines.append(f"{title:16} {old:,} -> {new:,} ({new - old:+,}, {new / old - 1:+.2%})")
     old, new = found["parameters_by_role"]
-    by_role = [f"{role} {new[role] - old[role]:+,}" for role in ROLES if new[role] != old[role]]
+    changed = {role: new.get(role, 0) - old.get(role, 0) for role in {**old, **new}}
+    by_role = [f"{role} {count:+,}" for role, count in changed.items() if count]
     if by_role:
         lines.append(f"{'by role':16} {', '.join(by_role)}")
     old, new = found["initial_loss"]

@@ -11,7 +11,8 @@ class OptaxOptimizer(keras.optimizers.Optimizer):
     the model's name, such as `"block_0/attention/q_proj/kernel"`, so that masks can go by name.
     Each leaf of its state is a Keras variable, split over a mesh like the weight that it belongs
     to. Learning rate, schedule, clipping, weight decay, averaging and accumulation are set in the
-    transformation.
+    transformation; setting `learning_rate`, as callbacks do, raises. A weight's `constraint` is
+    applied after each update, as by Keras.
 
     Args:
         transformation: `optax.GradientTransformation`, `optax.MultiSteps`, or the name of a
@@ -46,10 +47,23 @@ class OptaxOptimizer(keras.optimizers.Optimizer):
             raise ValueError(
                 f"transformation must be an optax.GradientTransformation, got {transformation!r}"
             )
-        # Keras requires a rate; nothing reads it.
-        super().__init__(learning_rate=0.0, name=name)
+        # Keras requires a rate. Updates are applied as they come, times 1; and ReduceLROnPlateau
+        # would leave a rate of 0 as it is, and say nothing.
+        super().__init__(learning_rate=1.0, name=name)
         self._transformation, self._named = transformation, known
         self._arguments = arguments or {}
+
+    @property
+    def learning_rate(self):
+        """1: the rate of the transformation is known to it alone."""
+        return super().learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value):
+        raise ValueError(
+            f"learning_rate={value} cannot be set on OptaxOptimizer: its rate is set in the "
+            "transformation, as in optax.adamw(schedule)"
+        )
 
     def build(self, variables):
         """Creates one variable for each leaf of the transformation's state."""
@@ -108,6 +122,8 @@ class OptaxOptimizer(keras.optimizers.Optimizer):
             slot.assign(value)
         for key, variable in zip(self._keys, variables, strict=True):
             variable.assign(parameters[key])
+            if variable.constraint is not None:
+                variable.assign(variable.constraint(variable))
         self.iterations.assign_add(1)
         return self.iterations
 

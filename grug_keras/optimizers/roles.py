@@ -1,11 +1,12 @@
 """The role of each variable for an optimizer, derived from its path and rank."""
 
+import math
 import re
 
 ROLES = ("matrix", "embedding", "head", "vector", "other")
 # Matched whole, in this order, by path and number of dimensions.
 _RULES = (
-    ("embedding", 2, r".*token_embedding/embeddings"),
+    ("embedding", 2, r".*/embeddings"),  # as keras.layers.Embedding names it
     ("head", 2, r".*lm_head/kernel"),
     ("matrix", 2, r".*/block_\d+/.*kernel"),
     ("vector", 1, r".*"),
@@ -22,13 +23,8 @@ def role_of(variable, roles=None):
 
     Returns:
         str, or None for a variable without a role.
-
-    Raises:
-        ValueError: if a role is none of `ROLES`.
     """
     for pattern, role in (roles or {}).items():
-        if role not in ROLES:
-            raise ValueError(f"roles[{pattern!r}] must be one of {', '.join(ROLES)}, got {role!r}")
         if re.fullmatch(pattern, variable.path):
             return role
     for role, rank, pattern in _RULES:
@@ -37,23 +33,60 @@ def role_of(variable, roles=None):
     return None
 
 
+def role_in(optimizer, variable):
+    """Returns the role of a variable by an optimizer's `roles`, `"other"` for one without.
+
+    Args:
+        optimizer: any Keras optimizer.
+        variable: `keras.Variable`.
+    """
+    return role_of(variable, getattr(_inner(optimizer), "roles", None)) or "other"
+
+
+def _inner(optimizer):
+    """The optimizer inside of `keras.optimizers.LossScaleOptimizer`, or itself."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
 def optimizer_table(model):
     """Formats which update rule trains which roles, as a table.
 
+    Rate, decay and betas are those of `ByRole` optimizers; the beta of Muon is its momentum.
+
     Args:
         model: built and compiled.
+
+    Returns:
+        str.
     """
-    rows = {}
-    rule = getattr(model.optimizer, "rule_of", lambda _: type(model.optimizer).__name__)
-    known = getattr(model.optimizer, "roles", None)
+    optimizer, rows = _inner(model.optimizer), {}
     for variable in model.trainable_variables:
-        key = (role_of(variable, known) or "other", rule(variable))
+        key = (role_in(optimizer, variable), *_figures(optimizer, variable))
         count, size = rows.get(key, (0, 0))
-        elements = 1
-        for length in variable.shape:
-            elements *= length
-        rows[key] = (count + 1, size + elements)
-    lines = [f"{'role':10} {'variables':>9} {'parameters':>13}  optimizer"]
-    for (role, name), (count, size) in sorted(rows.items(), key=lambda row: ROLES.index(row[0][0])):
-        lines.append(f"{role:10} {count:9,} {size:13,}  {name}")
+        rows[key] = (count + 1, size + math.prod(variable.shape))
+    width = max(map(len, ("role", *(key[0] for key in rows))))
+    lines = [
+        f"{'role':{width}} {'variables':>9} {'parameters':>13}  "
+        f"{'optimizer':9}  {'lr_ratio':>8}  {'weight_decay':>12}  betas"
+    ]
+    for (role, name, *figures), (count, size) in sorted(rows.items(), key=_place):
+        ratio, decay, betas = figures or ("", "", "")
+        line = f"{role:{width}} {count:9,} {size:13,}  {name:9}  {ratio:>8}  {decay:>12}  {betas}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def _figures(optimizer, variable):
+    """The name of the rule of a variable, and its figures where the optimizer has rules."""
+    if not hasattr(optimizer, "rule_of"):
+        return (type(optimizer).__name__,)
+    rule = optimizer.rule_of(variable)
+    betas = ", ".join(f"{beta:g}" for beta in rule.betas)
+    name = {"adamw": "AdamW", "muon": "Muon"}[rule.algorithm]
+    return name, f"{rule.lr_ratio:g}", f"{rule.weight_decay:g}", betas
+
+
+def _place(row):
+    """The roles of an experiment come after those of `ROLES`."""
+    (role, *rest), _ = row
+    return ROLES.index(role) if role in ROLES else len(ROLES), role, rest

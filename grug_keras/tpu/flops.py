@@ -55,6 +55,6 @@ def flops_per_token(model, seq_len):
     matrices = [v for v in model.trainable_variables if len(v.shape) == 2 and v is not table]
     weights = sum(v.shape[0] * v.shape[1] for v in matrices)
     config = model.config
-    window = min(seq_len, config.sliding_window or seq_len)
-    seen = window - window**2 / (2 * seq_len)
-    return 6 * weights + round(12 * config.num_layers * config.num_heads * config.head_dim * seen)
+    windows = [min(seq_len, window or seq_len) for window in model.windows]
+    seen = sum(window - window**2 / (2 * seq_len) for window in windows)
+    return 6 * weights + round(12 * config.num_heads * config.head_dim * seen)

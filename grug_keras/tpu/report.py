@@ -138,19 +138,26 @@ def _cycles(found, model, report):
         return None
     examples = report["batch_size"] // report["mesh"]["data"] // model.accumulate
     heads = model.config.num_heads // report["mesh"]["model"]
-    grid_steps = examples * heads * _blocks_visited(model.config, report["seq_len"])
+    grid_steps = examples * heads * _blocks_visited(model, report["seq_len"])
     return found["cycles"] + grid_steps * sum(
         kernel["calls"] * kernel["cycles"] for kernel in found["kernels"].values()
     )
 
 
-def _blocks_visited(config, seq_len):
-    """Counts the blocks that the kernels visit in one head of an example of one document."""
+def _blocks_visited(model, seq_len):
+    """Counts the blocks that a kernel visits in one head of an example of one document.
+
+    Returns:
+        float, the mean over the layers, which may have windows of their own.
+    """
     from grug_keras import ops
     from grug_keras.ops.jax.block_plan import Grid, plan_blocks
 
-    mask = ops.AttentionMask(sliding_window=config.sliding_window)
-    return int(plan_blocks(Grid.of(mask, seq_len, seq_len)).by_row[1].sum())
+    def visited(window):
+        mask = ops.AttentionMask(sliding_window=window)
+        return int(plan_blocks(Grid.of(mask, seq_len, seq_len)).by_row[1].sum())
+
+    return sum(map(visited, model.windows)) / len(model.windows)
 
 
 def as_text(report):

@@ -102,13 +102,17 @@ class TrainingLoop:
     def _evaluate(self, step):
         """Returns the loss per token of the validation slice, and records it."""
         begin = time.perf_counter()
-        loss = self.model.evaluate(self.validation_batches, verbose=0)
+        logs = self.model.evaluate(self.validation_batches, verbose=0, return_dict=True)
+        loss = logs.pop("loss")
         nats = loss * (len(self.data.validation) - 1)
         bits = nats / math.log(2) / self.data.validation_bytes
-        self.record.evaluations.append({"step": step, "loss": loss, "bits_per_byte": bits})
+        metrics = {name: float(value) for name, value in logs.items()}
+        found = {"step": step, "loss": loss, "bits_per_byte": bits, **metrics}
+        self.record.evaluations.append(found)
         self.record.evaluation_seconds += round(time.perf_counter() - begin, 2)
         for sink in self.sinks:
-            sink.log(step, {"validation_loss": loss, "bits_per_byte": bits})
+            of_metrics = {f"validation_{name}": value for name, value in metrics.items()}
+            sink.log(step, {"validation_loss": loss, "bits_per_byte": bits, **of_metrics})
         if step == self.steps:
             self.record.update(loss=loss, bits_per_byte=bits)
         return loss

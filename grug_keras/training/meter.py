@@ -44,6 +44,8 @@ class Meter(keras.callbacks.Callback):
         first_step: int, number of steps that are done already.
         train_seconds: float, training time of those steps.
         sinks: objects with `log(step, values)`, called with the same values.
+        extra: names of further logs of a step, a column each. The value of a metric is its mean
+            since the last halt, as in any Keras callback.
 
     Attributes:
         steps_done: int.
@@ -68,6 +70,7 @@ class Meter(keras.callbacks.Callback):
         first_step=0,
         train_seconds=0.0,
         sinks=(),
+        extra=(),
     ):
         super().__init__()
         self.path, self.tokens_per_step, self.schedule = (
@@ -81,7 +84,8 @@ class Meter(keras.callbacks.Callback):
         self.compile_seconds, self.last_loss, self.bad_step = None, None, None
         self._lock, self._arrived, self._first = threading.Lock(), {}, first_step
         self._timed_steps, self._timed_seconds = 0, 0.0
-        rows = keep_rows(self.path, first_step if process()[0] == 0 else 0)
+        self.extra = list(extra)
+        rows = keep_rows(self.path, first_step if process()[0] == 0 else 0, self.extra)
         if rows:  # a run that has nothing left to train has a last loss all the same
             self.last_loss = float(rows[-1].split(",")[COLUMNS.index("loss")])
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
@@ -118,10 +122,11 @@ class Meter(keras.callbacks.Callback):
             "ms": 1e3 * took,
             "tokens_per_second": self.tokens_per_step / took if took else None,
             "mfu": mfu,
+            **{name: logs.get(name) for name in self.extra},
         }
         tokens = self.steps_done * self.tokens_per_step
         # 9 digits are enough to tell any two float32 numbers apart.
-        formats = (".9g", ".9g", ".9g", ".3f", ".0f", ".4f")
+        formats = (".9g", ".9g", ".9g", ".3f", ".0f", ".4f", *[".9g"] * len(self.extra))
         cells = [
             "" if value is None else format(value, how)
             for value, how in zip(values.values(), formats, strict=True)
@@ -218,20 +223,23 @@ class Meter(keras.callbacks.Callback):
                 self._file.close()
 
 
-def keep_rows(path, steps):
+def keep_rows(path, steps, extra=()):
     """Cuts a curve to the rows of the first `steps` steps; writes the header of a new one.
 
     Raises:
-        ValueError: if one of those rows is missing.
+        ValueError: if one of those rows is missing, or has other columns.
 
     Returns:
         list of str, the rows.
     """
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    header = ",".join([*COLUMNS, *extra])
+    if steps and lines[:1] != [header]:
+        raise ValueError(f"{path} has the columns {lines[:1]}, this run would write {[header]}")
     kept = lines[1 : steps + 1]
     if [line.split(",")[0] for line in kept] != [str(step + 1) for step in range(steps)]:
         raise ValueError(f"{path} has no row for each of the first {steps} steps")
-    text = "\r\n".join([",".join(COLUMNS), *kept, ""])
+    text = "\r\n".join([header, *kept, ""])
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8", newline=""))
     return kept
 

@@ -37,6 +37,7 @@ class RunOptions:
         out: str, folder of the run folders.
         resume: str or None, path of a run folder to continue; `""` is the newest unfinished
             one in `out` of this script, size and seed, or a new one.
+        norms: bool, whether the norms of gradients, parameters and updates are logged by role.
         log: names of `sinks.SINKS`, where the metrics go besides the run folder.
     """
 
@@ -94,6 +95,9 @@ class RunOptions:
         is_flag=False,
         flag_value="",
         metavar="[RUN]",
+    )
+    norms: bool = _option(
+        False, "Log the norms of gradients, parameters and updates by role.", is_flag=True
     )
     log: tuple = _option(
         (), "Where metrics go as well.", multiple=True, type=click.Choice(list(SINKS))

@@ -177,7 +177,7 @@ def new_record(run, model):
         commit=commit,
         dirty=dirty,
         size=run.options.size,
-        config=dataclasses.asdict(model.config),
+        config=model.config.as_dict(),
         block_class=model.block_class.__name__,
         recipe=dataclasses.asdict(run.recipe),
         save_every=run.options.save_every,

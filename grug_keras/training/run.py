@@ -1,12 +1,15 @@
 """One training run: from data, options and a model to a folder with the record of it."""
 
 import contextlib
+import functools
 import pathlib
 import time
 
 import click
 from grug_keras import distribution
 from grug_keras.data import TokenBatches, load_data
+from grug_keras.metrics import extra_logs
+from grug_keras.optimizers import role_in
 from grug_keras.tpu.flops import peak_flops
 from grug_keras.training.checkpoints import Checkpoints
 from grug_keras.training.folder import RunFolder, find_run, new_run_folder
@@ -110,7 +113,12 @@ class Run:
         """The model with all its variables and its optimizer's, so that what is refused is now."""
         model = build_model(self.config)
         model.build()
-        model.compile(build_optimizer(self.schedule), accumulate=self.recipe.accumulate)
+        optimizer = build_optimizer(self.schedule)
+        model.compile(
+            optimizer,
+            accumulate=self.recipe.accumulate,
+            norms_by=functools.partial(role_in, optimizer) if self.options.norms else None,
+        )
         model.optimizer.build(model.trainable_variables)
         return model
 
@@ -147,6 +155,7 @@ class Run:
             first_step=step,
             train_seconds=notes.get("train_seconds", 0.0),
             sinks=sinks,
+            extra=extra_logs(model),
         )
         return TrainingLoop(
             model=model,

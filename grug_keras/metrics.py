@@ -70,20 +70,6 @@ def metric_results(model):
     return results
 
 
-def extra_logs(model):
-    """Returns the names of what a training step logs besides the losses and `gradient_norm`.
-
-    Args:
-        model: `Grugformer`, built and compiled.
-
-    Returns:
-        list of str: metrics, and norms by group.
-    """
-    groups = map(model.norms_by, model.trainable_variables) if model.norms_by else ()
-    norms = [f"{norm}/{group}" for group in dict.fromkeys(groups) for norm in NORMS]
-    return [*(name for name in metric_results(model) if name != "loss"), *norms]
-
-
 def own_metrics(model):
     """Returns pairs of name and metric for those that a subclass or a layer has made."""
     found = [
@@ -94,10 +80,23 @@ def own_metrics(model):
     ]
     names = [name for name, _ in found]
     for name, metric in found:
-        is_taken = name.startswith("val_") or metric.name.split("/")[0] in _RESERVED
-        if is_taken or names.count(name) > 1:
+        if name.startswith("val_") or metric.name.split("/")[0] in _RESERVED:
+            raise ValueError(f"a metric is called {name!r}, which is a name of fit's own logs")
+        if names.count(name) > 1:
             raise ValueError(f"two metrics are called {name!r}: give each a name of its own")
     return found
+
+
+def keep_state_exact(model):
+    """Takes averages, metrics and whatever else is no weight out of a mixed policy.
+
+    Keras would give them to a layer in the compute dtype, where a count stops at 256; on PyTorch an
+    assignment would change the cast copy alone.
+    """
+    for _, layer in _layers(model, "", set()):
+        metrics = [variable for metric in layer._metrics for variable in metric.variables]
+        for variable in (*layer._non_trainable_variables, *metrics):
+            variable._autocast = False
 
 
 def _layers(layer, prefix, seen):

@@ -126,7 +126,8 @@ class Grugformer(NextTokenModel):
             inputs: dict of `token_ids` `(B, S)`, and `segment_ids` and `positions` `(B, S)` or
                 None.
             run: function `(x, start=0, stop=None, **extra)` that applies the blocks from `start`
-                up to `stop`, and gives `extra` to each block's call.
+                up to `stop`, and gives `extra` to each block's call. On TensorFlow with `remat` a
+                tensor that a block finds elsewhere has no gradient.
 
         Returns:
             Float tensor `(B, S, D)`.

@@ -15,6 +15,7 @@ traces; if not, the blocks are written out, with a warning. Blocks without remat
 out: a scan would copy the activations that it keeps.
 """
 
+import contextlib
 import functools
 import warnings
 
@@ -129,9 +130,15 @@ class _PureBlock:
         def run(x):
             scope = keras.StatelessScope(given, collect_losses=True)
             before = [scope.get_current_value(v) for v in variables]
-            with scope:
+            with scope, _forgotten_losses(self.block):
                 y = self.block(x, **self._arguments(tensors))
             check_shape(self.block.name, y, x)
+            if set(scope.state_mapping) - {id(v) for v in variables}:
+                raise ValueError(
+                    f"{self.block.name} changes a variable that is not the model's, as unseeded "
+                    "random numbers do: remat needs a keras.random.SeedGenerator, or whatever it "
+                    "is, as an attribute of the layer"
+                )
             after = [scope.get_current_value(v) for v in variables]
             changed = [i for i, value in enumerate(after) if value is not before[i]]
             self.updated = [variables[i] for i in changed]
@@ -173,6 +180,20 @@ class _PureBlock:
             self.block.add_loss(loss)
         for variable, value in zip(self.updated, values, strict=True):
             variable.assign(value)
+
+
+@contextlib.contextmanager
+def _forgotten_losses(block):
+    """Lets layers forget the losses that they add meanwhile.
+
+    Keras knows a loss by its address; once it is gone, another loss may have the same.
+    """
+    known = [(layer._loss_ids, set(layer._loss_ids)) for layer in block._flatten_layers()]
+    try:
+        yield
+    finally:  # PyTorch ends a recomputation by an exception
+        for ids, before in known:
+            ids.intersection_update(before)
 
 
 @functools.cache
@@ -232,6 +253,11 @@ def _programs(blocks, values, x):
     programs = find_programs(functions, [own for own, _ in values], x)
     places = [block.updated_places() for block in blocks]
     repeats = programs and places == places[: len(programs)] * (len(blocks) // len(programs))
+    changed = {id(variable) for block in blocks for variable in block.updated}
+    for block, (_, others), program in zip(blocks, values, programs or (), strict=False):
+        pairs = zip(block.others, others, strict=True)
+        if {id(value) for v, value in pairs if id(v) in changed} & set(program.constants):
+            return None  # it must see what another block has changed
     return programs if repeats and all(None not in some for some in places) else None
 
 

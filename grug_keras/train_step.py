@@ -76,6 +76,7 @@ def total_loss(model, batch, share=None, count=1, training=True):
         Pair of float32 scalars: what is to be differentiated, and the objective in it.
     """
     x, y, weights = batch
+    model.take_objective()  # an evaluation leaves its own
     hidden = model(x, training=training)
     loss = model._compute_loss(x, y, hidden, weights, training=training)
     objective = model.take_objective()
@@ -135,8 +136,11 @@ def _step_on_jax(model, state, batch, count):
     trainable, non_trainable, slots, metrics = state
     with keras.StatelessScope(zip(model.optimizer.variables, slots, strict=True)):
         scale = model.optimizer.scale_loss(1.0)
-    gradients_of = _gradients_in_parts if count > 1 else _gradients_at_once
-    gradients, loss, (non_trainable, metrics) = gradients_of(model, state, batch, count)
+    if count > 1:
+        gradients, loss, rest = _gradients_in_parts(model, state, batch, count)
+    else:
+        gradients, loss, rest = _gradients_at_once(model, state, batch)
+    non_trainable, metrics = rest
     new, slots = model.optimizer.stateless_apply(slots, gradients, trainable)
     with keras.StatelessScope(zip(model.metrics_variables, metrics, strict=True)):
         logs = model.get_metrics_result()
@@ -156,7 +160,7 @@ def _differentiated(model, slots):
     return jax.value_and_grad(scaled, has_aux=True)
 
 
-def _gradients_at_once(model, state, batch, count):
+def _gradients_at_once(model, state, batch):
     """Returns gradients, objective, and the new values of state and metrics."""
     trainable, non_trainable, slots, metrics = state
     gradient = _differentiated(model, slots)

@@ -9,7 +9,7 @@ from grug_keras.inputs import (
     check_data,
     check_inputs,
 )
-from grug_keras.metrics import check_offered, metric_results, own_metrics
+from grug_keras.metrics import check_offered, keep_state_exact, metric_results, own_metrics
 from grug_keras.train_step import loss_and_state, train_step
 import keras
 
@@ -43,13 +43,15 @@ class NextTokenModel(keras.Model):
                 that the activations of one part alone are in memory.
             norms_by: function or None, from a `keras.Variable` to the name of its group, such as
                 `grug_keras.optimizers.role_of`. The logs then also have `gradient_norm/<group>`,
-                `parameter_norm/<group>` and `update_norm/<group>` of each step.
+                `parameter_norm/<group>` and `update_norm/<group>` of each step. It is not saved.
             **kwargs: `jit_compile`, `run_eagerly`, `steps_per_execution`, ...
         """
         weighted = kwargs.pop("weighted_metrics", None)
         offered = check_offered(loss=loss, metrics=metrics, weighted_metrics=weighted)
-        if accumulate < 1:
-            raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+        if not isinstance(accumulate, int) or accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {accumulate!r}")
+        if norms_by is not None and not callable(norms_by):
+            raise ValueError(f"norms_by must be a function of a variable, got {norms_by!r}")
         self.offered, self.accumulate, self.norms_by = offered, accumulate, norms_by
         super().compile(optimizer=optimizer, **kwargs)
 
@@ -85,6 +87,10 @@ class NextTokenModel(keras.Model):
         weights = kwargs["sample_weight"]
         x = check_data(self.config, "fit", x, y, weights, self.accumulate, **cut)
         if isinstance(validation_data, tuple | list):
+            if len(validation_data) not in (2, 3):
+                raise ValueError(
+                    f"validation_data must be (x, y) or (x, y, weights), got {len(validation_data)}"
+                )
             check_data(self.config, "validation_data", *validation_data)
         elif validation_data is not None:
             validation_data = check_data(self.config, "validation_data", validation_data)
@@ -136,6 +142,7 @@ class NextTokenModel(keras.Model):
         if not self.built:
             self.build()
         own_metrics(self)
+        keep_state_exact(self)
 
     def train_step(self, *arguments):
         """A Keras training step; its logs also have `gradient_norm`, of all gradients at once."""
@@ -198,7 +205,7 @@ class NextTokenModel(keras.Model):
                 )
             self.token_accuracy.update_state(accuracy[0], sample_weight=weight)
         self._objective = loss
-        return loss + sum(keras.ops.cast(penalty, "float32") for penalty in self.losses)
+        return loss + sum(keras.ops.sum(keras.ops.cast(p, "float32")) for p in self.losses)
 
     def take_objective(self):
         """Returns the last result of `token_mean_loss` in `compute_loss`, once; None without it."""

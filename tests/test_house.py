@@ -106,7 +106,7 @@ def is_core(path):
 def test_the_core_is_read_in_one_sitting():
     """And the README tells its true size."""
     core = sum(code_lines(path) for path in PACKAGE.glob("*.py") if is_core(path))
-    assert core <= 1000
+    assert core <= 1050
     readme = (ROOT / "README.md").read_text()
     assert f"{round(core, -1):,} lines of code" in readme, core
 

@@ -7,8 +7,8 @@ own logits.
 import math
 import threading
 
-from grug_keras import MLP, Block, GrugConfig, Grugformer, Muon
-from grug_keras.optimizers import Trapezoid, role_of
+from grug_keras import MLP, Block, GrugConfig, Grugformer
+from grug_keras.optimizers import role_of
 import keras
 from keras.callbacks import Callback
 from keras.optimizers import SGD
@@ -222,7 +222,7 @@ def test_a_metric_whose_name_is_taken_is_refused(name):
         metric_name = name
 
     for method in ("fit", "evaluate"):
-        with pytest.raises(ValueError, match=f"two metrics are called '{name}'"):
+        with pytest.raises(ValueError, match=f"a metric is called '{name}'"):
             getattr(make(model_class=Named), method)(X, Y, verbose=0)
 
 
@@ -755,25 +755,16 @@ def text(rows, rng):
     return np.frombuffer(chosen.encode(), "uint8")[: rows * 65].reshape(rows, 65).astype("int32")
 
 
-def adamw():
-    return keras.optimizers.AdamW(1e-3)
-
-
-def muon():
-    return Muon(Trapezoid(0.02, steps=60, warmup=0.1, cooldown=0.5))
-
-
-# With Muon, float32 alone differs by 2% (one standard deviation of five runs) from weights that
-# are changed by float16's rounding: one pair of runs cannot show 1%, but that it trains alike.
+# With AdamW. With Muon, float32 alone differs by 2% (one standard deviation of five runs) when the
+# first weights are rounded as float16 rounds: one pair of runs cannot show 1%.
 @pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "tolerance"), [(adamw, 1e-2), (muon, 8e-2)])
-def test_float16_learns_as_well_as_float32(optimizer, tolerance):
+def test_float16_learns_as_well_as_float32():
     tokens, losses = text(8 * 68, np.random.default_rng(0)), {}
     train, held_out = tokens[: 8 * 60], tokens[8 * 60 :]
     for dtype in ("float32", "mixed_float16"):
-        model = make(optimizer(), dtype=dtype, config=GrugConfig.preset("smoke"))
+        optimizer = keras.optimizers.AdamW(1e-3)
+        model = make(optimizer, dtype=dtype, config=GrugConfig.preset("smoke"))
         fit(model, train[:, :-1], train[:, 1:], batch_size=8)
         losses[dtype] = evaluate(model, held_out[:, :-1], held_out[:, 1:])["loss"]
-    print(losses)
-    assert losses["float32"] < 1.5  # 2.3 nats are those of the letters' frequencies
-    assert losses["mixed_float16"] == approx(losses["float32"], rel=tolerance)
+    assert losses["float32"] < 1.5  # the entropy of the letters is 2.6
+    assert losses["mixed_float16"] == approx(losses["float32"], rel=1e-2)

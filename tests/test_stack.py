@@ -217,3 +217,111 @@ def test_inference_in_eager_mode_traces_nothing(monkeypatch):
     monkeypatch.setattr(stack, "_programs", None)
     monkeypatch.setattr(stack, "_recompute", None)
     model.logits(inputs)
+
+
+class InnerPenalty(MLP):
+    def call(self, x):
+        self.add_loss(0.1 * keras.ops.sum(keras.ops.square(x), axis=(0, 1)))  # a vector
+        return super().call(x)
+
+
+class InnerPenaltyBlock(Block):
+    mlp_class = InnerPenalty
+
+
+def blocks_after(block_class, remat):
+    """A model that has run once in training, and its result."""
+    keras.utils.set_random_seed(0)
+    model = Grugformer(dataclasses.replace(CONFIG, remat=remat), block_class)
+    model.compile(keras.optimizers.SGD(0.1))
+    inputs, labels = data(np.random.default_rng(0))
+    return model, model.fit(inputs, labels, epochs=2, verbose=0, shuffle=False).history
+
+
+def test_a_penalty_inside_of_a_block_counts_once():
+    """Keras knows a loss by its address, which a second one may get when the first is gone."""
+    kept = blocks_after(InnerPenaltyBlock, False)[1]
+    model, recomputed = blocks_after(InnerPenaltyBlock, True)
+    np.testing.assert_allclose(kept["gradient_norm"], recomputed["gradient_norm"], rtol=1e-4)
+    plain = blocks_after(Block, False)[1]
+    assert kept["gradient_norm"][0] != pytest.approx(plain["gradient_norm"][0], rel=1e-2)
+    assert not any(block.mlp._loss_ids for block in model.blocks)
+
+
+class Unseeded(Block):
+    def call(self, x, **arguments):
+        return super().call(x, **arguments) + keras.random.normal(keras.ops.shape(x))
+
+
+OUTSIDE = keras.random.SeedGenerator(3)
+
+
+class Untracked(Block):
+    def call(self, x, **arguments):
+        return super().call(x, **arguments) + keras.random.normal(keras.ops.shape(x), seed=OUTSIDE)
+
+
+@pytest.mark.parametrize("block_class", [Unseeded, Untracked])
+def test_noise_that_recomputation_could_not_draw_again_is_refused(block_class):
+    message = "block_0 changes a variable that is not the model's|only use seeded random ops"
+    with pytest.raises(ValueError, match=message):
+        blocks_after(block_class, True)
+
+
+class ReadsTheFirst(Block):
+    """Every second block reads what the first one changes."""
+
+    first = None  # the average of block_0
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        if self.name[-1] in "02":
+            self.average = self.add_weight((), "zeros", trainable=False, name="average")
+        if self.name == "block_0":
+            ReadsTheFirst.first = self.average
+
+    def call(self, x, **arguments):
+        y = super().call(x, **arguments)
+        if self.name[-1] in "02":
+            self.average.assign(self.average + 1)
+            return y
+        return y + ReadsTheFirst.first
+
+
+def test_a_block_sees_what_another_has_just_changed():
+    histories = []
+    for remat in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            histories.append(blocks_after(ReadsTheFirst, remat)[1])
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose(histories[0][name], histories[1][name], rtol=1e-4)
+
+
+class Counting(Block):
+    """Counts to more than bfloat16 can."""
+
+    def __init__(self, config, **kwargs):
+        super().__init__(config, **kwargs)
+        self.calls = keras.metrics.Sum(name="calls")
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.count = self.add_weight((), "zeros", trainable=False, name="count")
+
+    def call(self, x, **arguments):
+        self.count.assign(self.count + 300.5)
+        self.calls.update_state(300.5)
+        return super().call(x, **arguments)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_state_and_metrics_are_exact_in_a_mixed_policy(remat):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model, logs = blocks_after(Counting, remat)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    for i, block in enumerate(model.blocks):
+        assert float(block.count.numpy()) == 601
+        assert logs[f"block_{i}/calls"] == [300.5, 300.5]

@@ -145,3 +145,33 @@ def test_penalties_of_parts_that_do_not_count_the_same_are_those_of_the_whole_ba
         logs = model.fit(inputs, labels, sample_weight=weights, batch_size=6, verbose=0).history
         found.append((logs["batch_loss"][0], logs["gradient_norm"][0]))
     np.testing.assert_allclose(*found, rtol=1e-4)
+
+
+class OnlyInEvaluation(Grugformer):
+    """An objective of its own in training, the core's in evaluation."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if not training:
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        return keras.ops.mean(keras.ops.square(y_pred - 1.0))
+
+
+def test_an_evaluation_leaves_nothing_to_the_next_step():
+    found = []
+    for evaluates in (False, True):
+        keras.utils.set_random_seed(0)
+        model = OnlyInEvaluation(CONFIG)
+        model.compile(keras.optimizers.SGD(0.1), accumulate=2)
+        inputs, labels, weights = next(batches())
+        if evaluates:
+            model.evaluate(inputs, labels, sample_weight=weights, verbose=0)
+        options = {"sample_weight": weights, "batch_size": 6, "shuffle": False, "verbose": 0}
+        logs = model.fit(inputs, labels, **options).history
+        found.append((logs["batch_loss"][0], logs["gradient_norm"][0]))
+    np.testing.assert_allclose(*found, rtol=1e-6)
+
+
+@pytest.mark.parametrize("given", [{"accumulate": "2"}, {"accumulate": 1.5}, {"norms_by": "role"}])
+def test_what_compile_cannot_use_is_refused(given):
+    with pytest.raises(ValueError, match=f"{next(iter(given))} must be"):
+        Grugformer(CONFIG).compile("sgd", **given)

@@ -8,7 +8,7 @@ import time
 import click
 from grug_keras import distribution
 from grug_keras.data import TokenBatches, load_data
-from grug_keras.metrics import extra_logs
+from grug_keras.metrics import NORMS, metric_results
 from grug_keras.optimizers import role_in
 from grug_keras.tpu.flops import peak_flops
 from grug_keras.training.checkpoints import Checkpoints
@@ -199,6 +199,20 @@ class Run:
             title=f"{self.script.stem}, {self.options.size}, on {self.data.name}",
             validation=record.loss,
         )
+
+
+def extra_logs(model):
+    """Returns the names of what a training step logs besides the losses and `gradient_norm`.
+
+    Args:
+        model: `Grugformer`, built and compiled.
+
+    Returns:
+        list of str: metrics, and norms by group.
+    """
+    groups = map(model.norms_by, model.trainable_variables) if model.norms_by else ()
+    norms = [f"{norm}/{group}" for group in dict.fromkeys(groups) for norm in NORMS]
+    return [*(name for name in metric_results(model) if name != "loss"), *norms]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Functions applied one after another, as one loop if they are one program with other values.
 
-XLA compiles the body of a loop once, however often it runs. `find_period` finds out whether
+XLA compiles the body of a loop once, however often it runs. `find_programs` finds out whether
 functions may share one: it traces each forward and backward, and compares the traces. So only
 functions that compute the same, on other values, are the same program.
 """
@@ -121,5 +121,7 @@ def _is_program(part):
 def _read_as(traced, value):
     """The dtype of the only cast of a value, which a stacked copy may then have; or its own."""
     uses = [equation for equation in traced.eqns if value in equation.invars]
-    rounded = {use.params.get("new_dtype") for use in uses}
-    return rounded.pop() if len(rounded) == 1 and None not in rounded else value.aval.dtype
+    casts = [use for use in uses if use.primitive.name == "convert_element_type"]
+    rounded = {cast.params["new_dtype"] for cast in casts}
+    is_kept = len(casts) < len(uses) or value in traced.jaxpr.outvars
+    return value.aval.dtype if is_kept or len(rounded) != 1 else rounded.pop()

@@ -26,8 +26,8 @@ class ExpertBlock(Block):
 
 class EverySecond(Grugformer):
     def make_block(self, index):
-        self.block_class = ExpertBlock if index % 2 else Block
-        return super().make_block(index)
+        kind = ExpertBlock if index % 2 else Block
+        return kind(self.config.at_layer(index), name=f"block_{index}", dtype=self.dtype_policy)
 
 
 def build_optimizer(learning_rate):

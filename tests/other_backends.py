@@ -27,7 +27,6 @@ FILES = [
     "test_optimizers.py",
     "test_parity.py",
     "test_resume.py",
-    "test_roles.py",
     "test_sharding.py",
     "test_speedruns.py",
     "test_stack.py",

@@ -19,13 +19,11 @@ LINES = {
     "unet_skips": 22,
     "value_embeddings": 26,
 }
+FAST = ["moe_every_second"] + ["value_embeddings"] * (keras.config.backend() == "jax")
 CONFIG = GrugConfig(64, 16, 32, 4, 2, 1, max_seq_len=12, qk_norm=True)
 each = pytest.mark.parametrize(
     "script",
-    [
-        pytest.param(s, id=s.stem, marks=[pytest.mark.slow] * (s.stem.startswith(("d", "u"))))
-        for s in SCRIPTS
-    ],
+    [pytest.param(s, id=s.stem, marks=[pytest.mark.slow] * (s.stem not in FAST)) for s in SCRIPTS],
 )
 
 

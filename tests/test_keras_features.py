@@ -547,10 +547,7 @@ def generator(*arrays):
         yield tuple(array[start : start + 4] for array in arrays)
 
 
-def in_processes(*arrays):
-    return Rows(*arrays, workers=2, use_multiprocessing=True)
-
-
+# Not in processes, as Keras can: JAX warns that a fork of its threads may hang.
 DATASETS = [
     Rows,
     lambda *arrays: Rows(*arrays, workers=2),
@@ -558,9 +555,8 @@ DATASETS = [
     torch_loader,
     grain_loader,
     generator,
-    pytest.param(in_processes, marks=pytest.mark.slow),
 ]
-NAMES = ["PyDataset", "threads", "tf.data", "DataLoader", "grain", "generator", "processes"]
+NAMES = ["PyDataset", "threads", "tf.data", "DataLoader", "grain", "generator"]
 
 
 @pytest.mark.parametrize("dataset", DATASETS, ids=NAMES)

@@ -17,9 +17,7 @@ import pytest
 
 BACKEND = keras.config.backend()
 # Large initial values: logits that differ, so that a loss tells one token from another.
-CONFIG = GrugConfig(
-    61, 16, 24, 1, 4, 2, max_seq_len=16, qk_norm=True, initializer_std=0.3
-)  # fmt: skip
+CONFIG = GrugConfig(61, 16, 24, 1, 4, 2, max_seq_len=16, qk_norm=True, initializer_std=0.3)
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 61, (12, 9)).astype("int32")
 X, Y = TOKENS[:, :-1], TOKENS[:, 1:]

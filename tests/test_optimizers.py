@@ -193,29 +193,40 @@ def test_roles_and_options_are_saved_as_plain_values(optimizer_class, tmp_path):
 FOR_BOTH = [
     ({"roles": "x"}, "roles must be a dict, got 'x'"),
     ({"by_role": [1]}, "by_role must be a dict, got [1]"),
-    ({"roles": {"a": "big"}}, "roles['a'] must be one of matrix, embedding, head, vector, other, "
-     "or a key of by_role, got 'big'"),
+    (
+        {"roles": {"a": "big"}},
+        "roles['a'] must be one of matrix, embedding, head, vector, other, "
+        "or a key of by_role, got 'big'",
+    ),
     ({"roles": {"a": ["head"]}}, "or a key of by_role, got ['head']"),
     ({"roles": {"(": "head"}}, "roles has '(', no regular expression: missing )"),
     ({"by_role": {"haed": {}}}, "by_role['haed'] must be one of matrix, embedding, head, "),
     ({"by_role": {"head": 2}}, "by_role['head'] must be a dict of options, got 2"),
-    ({"by_role": {"head": {"beta1": 0.9}}}, "by_role['head'] has no option 'beta1': adamw has "
-     "lr_ratio, weight_decay, beta_1, beta_2"),
+    (
+        {"by_role": {"head": {"beta1": 0.9}}},
+        "by_role['head'] has no option 'beta1': adamw has lr_ratio, weight_decay, beta_1, beta_2",
+    ),
     ({"by_role": {"head": {"momentum": 0.9}}}, "by_role['head'] has no option 'momentum'"),
-    ({"by_role": {"head": {"lr_ratio": -1}}}, "by_role['head']['lr_ratio'] must be a number of "
-     "at least 0, got -1"),
+    (
+        {"by_role": {"head": {"lr_ratio": -1}}},
+        "by_role['head']['lr_ratio'] must be a number of at least 0, got -1",
+    ),
     ({"by_role": {"head": {"lr_ratio": "1"}}}, "['lr_ratio'] must be a number of at least 0"),
     ({"by_role": {"head": {"weight_decay": float("nan")}}}, "['weight_decay'] must be a number"),
     ({"by_role": {"head": {"weight_decay": True}}}, "['weight_decay'] must be a number"),
     ({"by_role": {"head": {"beta_2": 1.0}}}, "['beta_2'] must be a number in [0, 1), got 1.0"),
-]  # fmt: skip
+]
 FOR_MUON = [
-    ({"by_role": {"matrix": {"beta_1": 0.9}}}, "by_role['matrix'] has no option 'beta_1': muon "
-     "has lr_ratio, weight_decay, momentum"),
-    ({"by_role": {"matrix": {"rule": "sgd"}}}, "by_role['matrix']['rule'] must be 'muon' or "
-     "'adamw', got 'sgd'"),
+    (
+        {"by_role": {"matrix": {"beta_1": 0.9}}},
+        "by_role['matrix'] has no option 'beta_1': muon has lr_ratio, weight_decay, momentum",
+    ),
+    (
+        {"by_role": {"matrix": {"rule": "sgd"}}},
+        "by_role['matrix']['rule'] must be 'muon' or 'adamw', got 'sgd'",
+    ),
     ({"exclude_embeddings": False}, "exclude_embeddings=False: roles decide what Muon trains"),
-]  # fmt: skip
+]
 FOR_ADAMW = [({"by_role": {"head": {"rule": "muon"}}}, "by_role['head'] has no option 'rule'")]
 
 

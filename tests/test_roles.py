@@ -8,9 +8,15 @@ import keras
 import pytest
 
 CONFIG = GrugConfig(
-    vocab_size=64, hidden_dim=16, intermediate_dim=32, num_layers=2, num_heads=2, num_kv_heads=1,
-    max_seq_len=12, qk_norm=True,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_dim=16,
+    intermediate_dim=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    max_seq_len=12,
+    qk_norm=True,
+)
 
 
 class ExpertBlock(Block):
@@ -32,8 +38,14 @@ def make(optimizer, block_class=Block):
 def rows(model):
     title, *lines = optimizer_table(model).splitlines()
     assert title.split() == [
-        "role", "variables", "parameters", "optimizer", "lr_ratio", "weight_decay", "betas"
-    ]  # fmt: skip
+        "role",
+        "variables",
+        "parameters",
+        "optimizer",
+        "lr_ratio",
+        "weight_decay",
+        "betas",
+    ]
     return [re.split(r" {2,}", re.sub(r"^(\S+) +", r"\1  ", line)) for line in lines]
 
 
@@ -44,8 +56,15 @@ def test_muon_takes_the_matrices_inside_the_blocks_alone():
         for variable in model.trainable_variables
         if model.optimizer.rule_of(variable).algorithm == "muon"
     }
-    names = ("attention/q_proj", "attention/k_proj", "attention/v_proj", "attention/o_proj",
-             "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")  # fmt: skip
+    names = (
+        "attention/q_proj",
+        "attention/k_proj",
+        "attention/v_proj",
+        "attention/o_proj",
+        "mlp/gate_proj",
+        "mlp/up_proj",
+        "mlp/down_proj",
+    )
     assert taken == {f"block_{i}/{name}/kernel" for i in range(2) for name in names}
     roles = {role_of(variable) for variable in model.trainable_variables}
     assert roles == {"matrix", "embedding", "head", "vector"}
@@ -53,9 +72,12 @@ def test_muon_takes_the_matrices_inside_the_blocks_alone():
 
 def test_the_table_has_the_figures_of_each_role():
     optimizer = Muon(
-        0.02, adam_lr_ratio=0.3, adam_beta_2=0.95, weight_decay=0.01,
+        0.02,
+        adam_lr_ratio=0.3,
+        adam_beta_2=0.95,
+        weight_decay=0.01,
         by_role={"matrix": {"momentum": 0.9}, "head": {"lr_ratio": 0.1, "weight_decay": 0}},
-    )  # fmt: skip
+    )
     optimizer.exclude_from_weight_decay(var_names=["embeddings"])
     model = make(optimizer)
     table = rows(model)

@@ -1,11 +1,22 @@
 """Starts a new experiment: a script with something to edit, and an entry in the archive."""
 
+import ast
+import inspect
 import re
 import textwrap
 
+from grug_keras.best_guess import build_optimizer
 from grug_keras.data.files import write_atomically
 from grug_keras.experiments.archive import BUCKETS, PENDING, Archive
 from grug_keras.experiments.script import STARTER
+
+
+def _source(function):
+    """Returns the source of a function without its docstring."""
+    lines = inspect.getsource(function).splitlines(keepends=True)
+    docstring = ast.parse("".join(lines)).body[0].body[0]
+    return "".join(lines[: docstring.lineno - 1] + lines[docstring.end_lineno :])
+
 
 _NEW_BLOCK = "Grugformer(config, block_class=NewBlock)"
 # For each bucket: names to import, the code to edit, which changes nothing yet, and the model.
@@ -52,15 +63,7 @@ class NewBlock(Block):
     ),
     "optimizer": (
         ("Muon",),
-        """def build_optimizer(learning_rate):
-    return Muon(
-        learning_rate,
-        adam_lr_ratio=0.3,
-        adam_beta_2=0.95,
-        weight_decay=0.01,
-        adam_weight_decay=0.004,
-    )
-""",
+        _source(build_optimizer),
         "Grugformer(config)",
     ),
 }

@@ -18,7 +18,7 @@ import time
 os.environ["KERAS_BACKEND"] = "jax"
 
 import click
-from grug_keras import GrugConfig
+from grug_keras import GrugConfig, keep_memory
 from grug_keras.data import TokenBatches, load_data
 from grug_keras.experiments.script import load_speedrun
 from grug_keras.optimizers import role_of
@@ -35,6 +35,7 @@ STARTER = pathlib.Path(__file__).parent.parent / "speedruns" / "grugformer_start
 @click.option("--turns", default=10)
 @click.option("--size", default="smoke")
 def main(steps, turns, size):
+    keep_memory()  # as a run does
     script = load_speedrun(STARTER)
     recipe = script.RECIPES[size]
     config = GrugConfig.preset(size)

@@ -17,8 +17,11 @@ STARTER = pathlib.Path(__file__).parent.parent / "speedruns" / "grugformer_start
 ROWS = [  # size, topology, batch, further options
     ("130m", "v5e:2x2", 32, ""),
     ("130m", "v5p:2x2x1", 32, ""),
-    ("130m", "v5p:2x2x1", 32, "--no-remat"),
+    ("130m", "v5p:2x2x1", 32, "--remat dots"),
+    ("130m", "v5p:2x2x1", 32, "--remat none"),
     ("130m", "v6e:2x2", 32, ""),
+    ("130m", "v6e:2x2", 32, "--remat dots"),
+    ("130m", "v6e:2x2", 32, "--remat none"),
     ("130m", "tpu7x:2x2x1", 32, ""),
     ("130m", "v5e:4x4", 128, ""),
     ("300m", "v5e:4x4", 128, ""),
@@ -27,7 +30,7 @@ ROWS = [  # size, topology, batch, further options
     ("520m", "v5e:4x4", 128, ""),
     ("520m", "v5p:2x2x1", 128, ""),
     ("520m", "v6e:4x4", 128, ""),
-    ("520m", "v6e:4x4", 128, "--no-remat"),
+    ("520m", "v6e:4x4", 128, "--remat none"),
     ("1_2b", "v5p:2x2x1", 64, "--seq-len 4096"),
     ("1_2b", "v6e:4x4", 64, "--seq-len 4096"),
     ("1_2b", "v5e:4x4", 64, "--seq-len 4096"),
@@ -50,14 +53,14 @@ def measure(size, topology, batch, options):
     return json.loads(done.stdout)
 
 
-def as_row(report, options):
+def as_row(report):
     def gib(name):
         return "-" if report[name] is None else f"{report[name] / 2**30:.1f}"
 
     mesh = ",".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1)
     cells = [
         f"{report['size']}, {report['batch_size']} x {report['seq_len']}",
-        report["topology"] + (" without remat" if "--no-remat" in options else ""),
+        report["topology"] + ("" if report["remat"] == "full" else f", remat {report['remat']}"),
         mesh,
         f"{gib('arguments')} + {gib('temporaries')} of {gib('hbm')}",
         "yes" if report["fits"] else "no",
@@ -86,7 +89,7 @@ def main(only, path):
     for size, topology, batch, options in ROWS:
         if size.startswith(only):
             reports.append(measure(size, topology, batch, options))
-            print(as_row(reports[-1], options), flush=True)
+            print(as_row(reports[-1]), flush=True)
     if path:
         path.write_text(json.dumps(reports, indent=1) + "\n")
 

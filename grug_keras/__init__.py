@@ -9,6 +9,7 @@ from grug_keras.attention import CausalSelfAttention  # noqa: E402
 from grug_keras.block import MLP, Block  # noqa: E402
 from grug_keras.config import GrugConfig  # noqa: E402
 from grug_keras.embedding import LMHead  # noqa: E402
+from grug_keras.memory import keep_memory  # noqa: E402
 from grug_keras.model import Grugformer  # noqa: E402
 from grug_keras.optimizers import Muon, OptaxOptimizer, Trapezoid  # noqa: E402
 
@@ -24,5 +25,6 @@ __all__ = [
     "OptaxOptimizer",
     "Trapezoid",
     "distribution",
+    "keep_memory",
     "ops",
 ]

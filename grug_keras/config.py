@@ -3,6 +3,8 @@
 import dataclasses
 from numbers import Integral, Real
 
+REMAT = ("none", "dots", "full")
+
 
 @dataclasses.dataclass(frozen=True)
 class GrugConfig:
@@ -26,8 +28,9 @@ class GrugConfig:
             `(512, 512, 512, None)`; its length divides `num_layers`.
         initializer_std: float. Standard deviation of the truncated normal that every matrix
             starts from.
-        remat: bool. Recompute each block in the backward pass instead of keeping its
-            activations.
+        remat: str. What the backward pass computes again instead of keeping it: `"none"`;
+            `"dots"`, all of a block but its products with weights; `"full"`, the whole block.
+            True is `"full"` and False `"none"`.
 
     Raises:
         ValueError: names the field and the value.
@@ -51,25 +54,21 @@ class GrugConfig:
     qk_norm: bool = False
     sliding_window: int | tuple[int | None, ...] | None = None
     initializer_std: float = 0.02
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "hidden_dim",
-            "intermediate_dim",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "max_seq_len",
-        ):
+        widths = ("vocab_size", "hidden_dim", "intermediate_dim")
+        for name in (*widths, "num_layers", "num_heads", "num_kv_heads", "max_seq_len"):
             self._require_positive(name, Integral)
         for name in ("rope_theta", "rms_norm_eps", "initializer_std"):
             self._require_positive(name, Real)
         self._check_windows()
-        for name in ("qk_norm", "remat"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.qk_norm, bool):
+            raise ValueError(f"qk_norm must be True or False, got {self.qk_norm!r}")
+        if isinstance(self.remat, bool):  # as configurations saved it once
+            object.__setattr__(self, "remat", "full" if self.remat else "none")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat must be one of {REMAT}, got {self.remat!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, "
@@ -159,7 +158,7 @@ def _size(hidden_dim, intermediate_dim, num_layers, num_heads):
         "num_heads": num_heads,
         "num_kv_heads": num_heads,
         "max_seq_len": 2048,
-        "remat": True,
+        "remat": "full",
     }
 
 

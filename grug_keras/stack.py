@@ -3,16 +3,16 @@
 The contract: numbers, state, losses and metrics are those of `for block in blocks: x = block(x)`.
 Replace `run_blocks` by that loop and only compile time and memory change.
 
-A block that is recomputed in the backward pass (`remat`) must not act twice. So it runs as a
-function of tensors that returns its output, its losses and its new state, which are added and
-assigned once, outside; the recomputation starts from the same state, and draws the same random
-numbers.
+A block that is recomputed in the backward pass (`remat`), in whole or in part, must not act twice.
+So it runs as a function of tensors that returns its output, its losses and its new state, which are
+added and assigned once, outside; the recomputation starts from the same state, and draws the same
+random numbers.
 
-On JAX, recomputed blocks run as one `scan` over their stacked weights and state if they are one
-program, or a pattern of a few programs that repeats: XLA then compiles the pattern instead of all.
-Whether they are is found by tracing the forward and backward pass of each block and comparing the
-traces; if not, the blocks are written out, with a warning. Blocks without remat are always written
-out: a scan would copy the activations that it keeps.
+On JAX, blocks that are recomputed in whole run as one `scan` over their stacked weights and state
+if they are one program, or a pattern of a few programs that repeats: XLA then compiles the pattern
+instead of all. Whether they are is found by tracing the forward and backward pass of each block and
+comparing the traces; if not, the blocks are written out, with a warning. Other blocks are always
+written out: a scan would copy the activations that it keeps.
 """
 
 import contextlib
@@ -23,30 +23,32 @@ from grug_keras.distribution import gather, split_batch
 import keras
 
 
-def run_blocks(calls, x, remat=False, variables=()):
+def run_blocks(calls, x, remat="none", variables=()):
     """Applies blocks in turn.
 
     Args:
         calls: list of pairs of a built layer and a dict, the further arguments of its call.
         x: float tensor `(B, S, D)`, input of the first block.
-        remat: bool, whether to recompute each block in the backward pass.
+        remat: str, what the backward pass computes again, as of `GrugConfig`.
         variables: list of `keras.Variable`, all of the model: a block may use more than its own.
 
     Returns:
         Float tensor `(B, S, D)`, output of the last block.
 
     Raises:
-        ValueError: names a block that returns another shape than that of its input.
+        ValueError: names a block that returns another shape than that of its input, or a `remat`
+            that the backend does not have.
     """
+    check_remat(remat)
     # In eager mode JAX differentiates nothing here, and would compile a loop at every call.
-    if not remat or (keras.config.backend() == "jax" and not _is_traced(x)):
+    if remat == "none" or (keras.config.backend() == "jax" and not _is_traced(x)):
         for block, arguments in calls:
             y = block(x, **arguments)
             check_shape(block.name, y, x)
             x = split_batch(y)
         return x
     blocks = [_PureBlock(*call, variables) for call in calls]
-    if keras.config.backend() == "jax" and len(blocks) > 1:
+    if remat == "full" and keras.config.backend() == "jax" and len(blocks) > 1:
         values = [block.read(x) for block in blocks]
         if programs := _programs(blocks, values, x):
             return _loop(blocks, values, programs, x)
@@ -57,8 +59,14 @@ def run_blocks(calls, x, remat=False, variables=()):
             stacklevel=2,
         )
     for block in blocks:
-        x = split_batch(_recompute(block, x))
+        x = split_batch(_recompute(block, x, remat))
     return x
+
+
+def check_remat(remat):
+    """Raises ValueError for a policy of `GrugConfig` that the backend does not have."""
+    if remat == "dots" and keras.config.backend() == "tensorflow":
+        raise ValueError("remat='dots' needs JAX or PyTorch, this is TensorFlow: use 'full'")
 
 
 def _is_traced(x):
@@ -223,11 +231,13 @@ def _is_float_tensor(leaf):
     return keras.ops.is_tensor(leaf) and "float" in keras.backend.standardize_dtype(leaf.dtype)
 
 
-def _recompute(block, x):
+def _recompute(block, x, remat):
     """Runs one block, again in the backward pass."""
     stored = block.read(x)
     if keras.config.backend() == "jax":
-        y, losses, values = keras.remat(block)(x, block.tensors, *stored)
+        from grug_keras.ops.jax.function_loop import recomputed
+
+        y, losses, values = recomputed(block, remat)(x, block.tensors, *stored)
     else:
         states = []  # not outputs: TensorFlow would ask for the gradient of a seed
 
@@ -236,10 +246,22 @@ def _recompute(block, x):
             states.append(values)
             return (y, *losses)
 
-        y, *losses = keras.remat(run)(x, *block.tensors)
+        y, *losses = _checkpoint(run, remat)(x, *block.tensors)
         values = states[0]
     block.commit(losses, values)
     return y
+
+
+def _checkpoint(function, remat):
+    """A function that TensorFlow or PyTorch runs again in the backward pass, or parts of it."""
+    if remat == "full":
+        return keras.remat(function)
+    from torch.ops import aten
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    # Products of two matrices: one is a weight.
+    kept = functools.partial(create_selective_checkpoint_contexts, [aten.mm.default])
+    return functools.partial(checkpoint, function, use_reentrant=False, context_fn=kept)
 
 
 def _programs(blocks, values, x):

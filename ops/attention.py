@@ -43,8 +43,9 @@ def attention(
             blocks that causality, the window or the documents rule out:
 
             - `"splash"`: JAX's kernel for TPUs; bfloat16 or float32, no dense mask.
-            - `"cudnn"`: on Hopper GPUs through JAX; float16 or bfloat16, no soft cap. It is
-              never picked for sinks and documents: ask for it by name.
+            - `"cudnn"`: on NVIDIA GPUs through JAX, Ampere or later; float16 or bfloat16, no soft
+              cap; documents from Hopper on. It is chosen once it agrees with the reference on
+              that GPU; by name it is not checked.
             - `"sdpa"`: PyTorch's own; no sinks, no soft cap. For a window or documents it
               takes a mask of O(S^2) bytes.
             - `"flex"`: PyTorch's FlexAttention, on GPUs; no dense mask.

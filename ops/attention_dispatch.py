@@ -16,7 +16,13 @@ BACKEND = keras.config.backend()
 _IMPLEMENTATIONS = {}
 if BACKEND == "jax":
     from grug_keras.ops.jax.blockwise_attention import blockwise
-    from grug_keras.ops.jax.cudnn_attention import cudnn, why_no_cudnn, why_not_cudnn
+    from grug_keras.ops.jax.cudnn_attention import (
+        cudnn,
+        cudnn_on_gpu,
+        why_no_cudnn,
+        why_not_cudnn,
+    )
+    from grug_keras.ops.jax.cudnn_check import cudnn_agrees
     from grug_keras.ops.jax.splash_attention import (
         plan_for_splash,
         splash,
@@ -74,18 +80,17 @@ def choose(query, key, value, mask, sinks, logit_soft_cap):
 
 
 def _on_jax(query, key, value, mask, sinks, logit_soft_cap):
-    """JAX: cuDNN on Hopper GPUs where it is exact, splash on TPUs, blocks elsewhere."""
-    # cuDNN takes sinks and documents through private parts of JAX that no GPU has run for us:
-    # these need `implementation="cudnn"`.
-    public = sinks is None and not has_documents(mask)
-    exact = why_not_cudnn(query, key, value, mask, logit_soft_cap=logit_soft_cap) is None
-    if public and exact and why_no_cudnn() is None:
-        return cudnn, "'cudnn' where it can"
+    """JAX: cuDNN on NVIDIA GPUs where it is exact, splash on TPUs, blocks elsewhere."""
+    # Which of them runs JAX decides when it lowers the program, for the platform that it compiles
+    # for: that need not be this machine's. But a machine without a GPU compiles for none.
+    exact = why_no_cudnn() is None and not why_not_cudnn(
+        query, key, value, mask, logit_soft_cap=logit_soft_cap
+    )
+    if exact and cudnn_agrees(query, key, mask, sinks):
+        return cudnn_on_gpu, "'cudnn' on GPU, elsewhere as without one,"
     why_not = why_not_splash(query, key, value, mask)
     if why_not:
         return blockwise, f"'blockwise', on TPU too: 'splash' {why_not}"
-    # JAX decides between the two when it lowers the program, for the platform that it compiles
-    # for: that need not be this machine's.
     return splash_on_tpu, "'splash' on TPU, elsewhere as 'blockwise',"
 
 

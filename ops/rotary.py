@@ -50,8 +50,8 @@ def rotary_embedding(x, positions, *, theta=10000.0, num_positions=None):
         cos, sin = _device_table(positions, half, theta)
     compute_dtype = "float64" if ops.dtype(x) == "float64" else "float32"
     cos, sin = (ops.expand_dims(ops.cast(t, compute_dtype), -2) for t in (cos, sin))
-    x1 = ops.cast(x[..., :half], compute_dtype)
-    x2 = ops.cast(x[..., half:], compute_dtype)
+    # Not slices, whose gradients TensorFlow pads with zeros and adds.
+    x1, x2 = (ops.cast(part, compute_dtype) for part in ops.split(x, 2, axis=-1))
     rotated = ops.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
     return ops.cast(rotated, x.dtype)
 

@@ -94,7 +94,7 @@ class Hackable(Grugformer):
             def run(x, block=block):
                 return block(x, positions, mask)
 
-            x = keras.remat(run)(x) if self.config.remat else run(x)
+            x = keras.remat(run)(x) if self.config.remat != "none" else run(x)
         return self.final_norm(x)
 
     def token_mean_loss(self, hidden, labels, weights):

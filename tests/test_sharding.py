@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -167,6 +168,43 @@ def test_a_mesh_that_cannot_be_read_is_named(mesh):
 def test_one_axis_at_most_is_left_open():
     with pytest.raises(ValueError, match="mesh='data=auto,model=auto' may leave one axis to auto"):
         distribution.mesh_shape("data=auto,model=auto", 8)
+
+
+def tpus(*slices):
+    """Devices as those of v5e slices of some numbers of chips, in no order."""
+    fields = {"platform": "tpu", "device_kind": "TPU v5 lite", "core_on_chip": 0}
+    return [
+        types.SimpleNamespace(
+            **fields, slice_index=number, process_index=number, coords=(i % 2, i // 2, 0), id=i
+        )
+        for i in reversed(range(max(slices)))
+        for number, chips in enumerate(slices)
+        if i < chips
+    ]
+
+
+@pytest.mark.jax
+@pytest.mark.parametrize("mesh", ["data=auto", "data=4,model=2", "model=4,data=auto"])
+def test_the_model_axis_stays_within_a_slice(mesh):
+    devices = distribution.make_mesh(mesh, tpus(4, 4)).devices
+    rows = [{device.slice_index for device in row} for row in devices]
+    first = len(rows) // 2
+    assert rows == [{0}] * first + [{1}] * first
+    assert len({id(device) for device in devices.flat}) == 8
+
+
+@pytest.mark.jax
+@pytest.mark.parametrize(
+    ("mesh", "slices", "message"),
+    [
+        ("model=auto", (4, 4), "axis model=8 does not fit in a slice of 4 devices"),
+        ("data=3,model=4", (6, 6), "axis data=3 is not a multiple of the 2 slices"),
+        ("data=auto", (4, 2), "the slices have [2, 4] devices"),
+    ],
+)
+def test_a_mesh_that_slices_cannot_hold_is_named(mesh, slices, message):
+    with pytest.raises(ValueError, match=re.escape(f"mesh='{mesh}': {message}")):
+        distribution.make_mesh(mesh, tpus(*slices))
 
 
 @pytest.mark.skipif(keras.config.backend() == "jax", reason="JAX can")

@@ -4,11 +4,14 @@ import dataclasses
 import warnings
 
 from grug_keras import MLP, Block, GrugConfig, Grugformer, stack
+from grug_keras.training.model_config import size_config
 import keras
 import numpy as np
 import pytest
 
-CONFIG = GrugConfig(40, 16, 24, 4, 4, 2, max_seq_len=12, qk_norm=True, remat=True)
+CONFIG = GrugConfig(40, 16, 24, 4, 4, 2, max_seq_len=12, qk_norm=True, remat="full")
+BACKEND = keras.config.backend()
+POLICIES = ["full"] if BACKEND == "tensorflow" else ["full", "dots"]
 
 
 class EverySecond(Block):
@@ -49,7 +52,7 @@ class OwnConstant(Block):
 
     def call(self, x, **arguments):
         y = super().call(x, **arguments)
-        if keras.config.backend() != "jax":
+        if BACKEND != "jax":
             return y
         import jax
 
@@ -62,7 +65,7 @@ class OwnGradient(Block):
 
     def call(self, x, **arguments):
         y = super().call(x, **arguments)
-        if keras.config.backend() != "jax":
+        if BACKEND != "jax":
             return y
         import jax
 
@@ -143,17 +146,98 @@ def case(*values, slow=False, jax=False):
 def test_a_loop_over_blocks_trains_as_blocks_written_out(block_class, policy, loop, loops, recwarn):
     keras.config.set_dtype_policy(policy)
     try:
-        results = [train(block_class, remat, np.random.default_rng(0)) for remat in (True, False)]
+        results = [
+            train(block_class, remat, np.random.default_rng(0)) for remat in ("none", *POLICIES)
+        ]
     finally:
         keras.config.set_dtype_policy("float32")
-    (losses, weights), (expected_losses, expected) = results
-    assert loops == ([loop] * len(loops) if keras.config.backend() == "jax" else [])
-    assert loops or keras.config.backend() != "jax"
+    (expected_losses, expected), *others = results
+    assert loops == ([loop] * len(loops) if BACKEND == "jax" else [])
+    assert loops or BACKEND != "jax"
     assert any("compiled by itself" in str(w.message) for w in recwarn) == (0 in loops)
     tolerance = 2e-5 if policy == "float32" else 1e-2
-    np.testing.assert_allclose(losses, expected_losses, rtol=tolerance)
-    for got, want in zip(weights, expected, strict=True):
-        np.testing.assert_allclose(got, want, atol=tolerance)
+    for losses, weights in others:
+        np.testing.assert_allclose(losses, expected_losses, rtol=tolerance)
+        for got, want in zip(weights, expected, strict=True):
+            np.testing.assert_allclose(got, want, atol=tolerance)
+
+
+def count_products(model, remat):
+    """The products of matrices in a training step, one body of a loop counted once."""
+    inputs, labels = data(np.random.default_rng(0))
+    if BACKEND == "torch":
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Counting(TorchDispatchMode):
+            products = 0
+
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                self.products += "aten.mm" in str(function)
+                return function(*args, **(kwargs or {}))
+
+        with Counting() as counting:
+            model.train_step((inputs, labels))
+        return counting.products
+    import jax
+
+    state = (
+        [v.value for v in model.trainable_variables],
+        [v.value for v in model.non_trainable_variables],
+        [v.value for v in model.optimizer.variables],
+        [v.value for v in model.metrics_variables],
+    )
+    return str(jax.make_jaxpr(model.train_step)(state, (inputs, labels))).count("dot_general[")
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="has no such policy")
+def test_dots_keeps_the_products_with_weights():
+    """Of a block's seven, full multiplies those again that the backward pass needs: six."""
+    counts = {}
+    for remat in ("none", "dots", "full"):
+        model = Grugformer(dataclasses.replace(CONFIG, remat=remat, num_layers=1))
+        model.compile(keras.optimizers.SGD(0.1))
+        model.build()
+        model.optimizer.build(model.trainable_variables)
+        counts[remat] = count_products(model, remat)
+    assert counts["full"] - counts["dots"] == 6, counts
+    if BACKEND == "torch":
+        assert counts["dots"] == counts["none"]
+
+
+@pytest.mark.jax
+def test_dots_keeps_what_kernels_return():
+    """Attention's output and statistics: its forward kernel runs once."""
+    from grug_keras.ops.jax.function_loop import recomputed
+    from grug_keras.ops.jax.splash_attention import splash_attention
+    import jax
+
+    def layer(x):
+        return splash_attention(x, x, x, None, interpret=True)
+
+    def kernels(remat):
+        gradient = jax.grad(lambda x: recomputed(layer, remat)(x).sum())
+        return str(jax.make_jaxpr(gradient)(np.ones((1, 128, 1, 64), "float32"))).count(
+            "splash_mha_fwd"
+        )
+
+    assert 0 < kernels("dots") < kernels("full")
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the others have it")
+def test_tensorflow_refuses_a_policy_that_it_does_not_have():
+    with pytest.raises(ValueError, match="remat='dots' needs JAX or PyTorch, this is TensorFlow"):
+        blocks_after(Block, "dots")
+    with pytest.raises(ValueError, match="^remat='dots' needs JAX or PyTorch"):  # of a run
+        size_config("smoke", 384, remat="dots")
+
+
+def test_a_policy_is_named_and_has_an_older_name():
+    saved = CONFIG.as_dict()
+    assert GrugConfig.of({**saved, "remat": True}) == CONFIG
+    assert GrugConfig.of({**saved, "remat": False}).remat == "none"
+    for wrong in (1, None, "half", ["dots"]):
+        with pytest.raises(ValueError, match=r"remat must be one of .*'none', 'dots', 'full'"):
+            GrugConfig.of({**saved, "remat": wrong})
 
 
 @pytest.mark.jax
@@ -165,7 +249,7 @@ def test_blocks_that_differ_in_an_array_are_told_apart_whatever_jax_makes_of_con
     before = getattr(jax.config, flag)
     jax.config.update(flag, True)
     try:
-        train(OwnConstant, True, np.random.default_rng(0))
+        train(OwnConstant, "full", np.random.default_rng(0))
     finally:
         jax.config.update(flag, before)
     assert loops
@@ -195,7 +279,7 @@ class OfModel(Grugformer):
 
 def test_a_state_of_the_model_that_all_blocks_change_is_followed():
     found = []
-    for remat in (False, True):
+    for remat in ("none", *POLICIES):
         keras.utils.set_random_seed(0)
         model = OfModel(dataclasses.replace(CONFIG, remat=remat), SharedAverage)
         model.compile(keras.optimizers.SGD(0.1))
@@ -205,7 +289,8 @@ def test_a_state_of_the_model_that_all_blocks_change_is_followed():
             logs = model.fit(inputs, labels, epochs=2, verbose=0, shuffle=False).history
         average = next(v for v in model.non_trainable_variables if "average" in v.path)
         found.append([*logs["loss"], *logs["gradient_norm"], float(average.numpy())])
-    np.testing.assert_allclose(*found, rtol=1e-4)
+    for other in found[1:]:
+        np.testing.assert_allclose(found[0], other, rtol=1e-4)
 
 
 @pytest.mark.jax
@@ -240,12 +325,13 @@ def blocks_after(block_class, remat):
 
 def test_a_penalty_inside_of_a_block_counts_once():
     """Keras knows a loss by its address, which a second one may get when the first is gone."""
-    kept = blocks_after(InnerPenaltyBlock, False)[1]
-    model, recomputed = blocks_after(InnerPenaltyBlock, True)
-    np.testing.assert_allclose(kept["gradient_norm"], recomputed["gradient_norm"], rtol=1e-4)
-    plain = blocks_after(Block, False)[1]
+    kept = blocks_after(InnerPenaltyBlock, "none")[1]
+    plain = blocks_after(Block, "none")[1]
     assert kept["gradient_norm"][0] != pytest.approx(plain["gradient_norm"][0], rel=1e-2)
-    assert not any(block.mlp._loss_ids for block in model.blocks)
+    for remat in POLICIES:
+        model, recomputed = blocks_after(InnerPenaltyBlock, remat)
+        np.testing.assert_allclose(kept["gradient_norm"], recomputed["gradient_norm"], rtol=1e-4)
+        assert not any(block.mlp._loss_ids for block in model.blocks)
 
 
 class Unseeded(Block):
@@ -265,7 +351,7 @@ class Untracked(Block):
 def test_noise_that_recomputation_could_not_draw_again_is_refused(block_class):
     message = "block_0 changes a variable that is not the model's|only use seeded random ops"
     with pytest.raises(ValueError, match=message):
-        blocks_after(block_class, True)
+        blocks_after(block_class, POLICIES[-1])
 
 
 class ReadsTheFirst(Block):
@@ -290,12 +376,13 @@ class ReadsTheFirst(Block):
 
 def test_a_block_sees_what_another_has_just_changed():
     histories = []
-    for remat in (False, True):
+    for remat in ("none", *POLICIES):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             histories.append(blocks_after(ReadsTheFirst, remat)[1])
     for name in ("loss", "gradient_norm"):
-        np.testing.assert_allclose(histories[0][name], histories[1][name], rtol=1e-4)
+        for other in histories[1:]:
+            np.testing.assert_allclose(histories[0][name], other[name], rtol=1e-4)
 
 
 class Counting(Block):
@@ -315,7 +402,7 @@ class Counting(Block):
         return super().call(x, **arguments)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", *POLICIES])
 def test_state_and_metrics_are_exact_in_a_mixed_policy(remat):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:

@@ -172,6 +172,44 @@ def test_attention_in_parts_of_a_batch_counts_once():
     assert cycles(4) == cycles(1)
 
 
+def test_cycles_are_told_apart_by_the_scope_of_an_operation():
+    """The step's cycles, all of them, and those of a loop as often as it runs."""
+    from grug_keras.tpu.where import LOSS, PRODUCTS, cycles_by_part
+
+    def line(name, cycles, scope):
+        scope = f'metadata={{op_name="jit(train_step)/{scope}"}}'
+        return f'  %{name} = f32[2]{{0}} fusion(%x), {scope}, "estimated_cycles":"{cycles}"'
+
+    text = f"""
+%condition (p: (s32[])) -> pred[] {{
+  %bound = s32[] constant(6)
+}}
+
+%body (p: (s32[])) -> (s32[]) {{
+{line("fusion.1", 2, "transpose(jvp(mine))/while/body/as_stored/block_0/mlp/up_proj/dot_general")}
+{line("copy.2", 3, "jvp(mine)/while/body/as_stored/block_0/attention/o_proj/dot_general")}
+}}
+
+ENTRY %main (p: f32[4]) -> f32[16] {{
+  %w = (s32[]) while(%t), condition=%condition, body=%body
+{line("fusion.3", 5, "jvp()/shard_map/while/body/reduce_sum")}
+{line("fusion.4", 7, "jvp(mine)/final_norm/mul")}
+{line("fusion.5", 11, "muon/while/body/dot_general")}
+{line("fusion.6", 13, "convert")}
+}}
+"""
+    parts = cycles_by_part(text, "mine", "muon")
+    assert sum(parts.values()) == tpu.static_cycles(text)
+    assert {part: cycles for part, cycles in parts.items() if cycles} == {
+        PRODUCTS: 12,
+        "copies to another layout": 18,
+        LOSS: 5,
+        "norms, residuals, the rest of the model": 7,
+        "optimizer": 11,
+        "others": 13,
+    }
+
+
 KERNEL = """
 import jax
 from jax.experimental import pallas as pl
@@ -228,6 +266,27 @@ def test_a_second_compile_waits():
             program, _ = waiter.communicate(timeout=300)
     assert waiter.returncode == 0
     assert program.startswith("HloModule")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "found"),
+    [
+        ("data=4,model=2", "v5e:2x2 x 2 slices, 8 devices as data=4,model=2"),
+        (
+            "model=auto",
+            "Error: mesh='model=auto': axis model=8 does not fit in a slice of 4 devices",
+        ),
+    ],
+)
+def test_a_step_on_two_slices(mesh, found):
+    command = [sys.executable, "-m", "grug_keras", "compile", STARTER, "--topology", "v5e:2x2"]
+    command += ["--slices", "2", "--size", "smoke", "--batch", "16", "--mesh", mesh, "--where"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    fits = found.startswith("v5e")
+    assert done.returncode == (0 if fits else 1), done.stderr
+    assert found in (done.stdout if fits else done.stderr).splitlines()
+    assert ("attention kernels" in done.stdout) == fits
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import click
 @click.command("compile", context_settings={"show_default": True})
 @click.argument("speedrun", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
 @click.option("--topology", required=True, metavar="v5p:4x4x4", help="A TPU slice.")
+@click.option("--slices", type=click.IntRange(min=1), default=1, help="How many such slices.")
 @click.option("--size", show_default="the script's first", help="Model and recipe.")
 @click.option("--batch", type=click.IntRange(min=1), help="Sequences per step; the recipe's.")
 @click.option("--seq-len", type=click.IntRange(min=8), help="Instead of the model's longest.")
@@ -21,10 +22,16 @@ import click
     default="mixed_bfloat16",
     help="Keras dtype policy.",
 )
-@click.option("--remat/--no-remat", default=None, show_default="the size's", help="As in training.")
+@click.option(
+    "--remat",
+    type=click.Choice(["none", "dots", "full"]),
+    show_default="the size's",
+    help="As in training.",
+)
 @click.option("--accumulate", type=click.IntRange(min=1), help="As in training; the recipe's.")
+@click.option("--where", is_flag=True, help="Say where the step's time goes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def compile_step(speedrun, as_json, **options):
+def compile_step(speedrun, where, as_json, **options):
     """Compile a training step for TPUs.
 
     Says whether the step of SPEEDRUN fits TPUs that are not here, and about how fast it is.
@@ -46,12 +53,12 @@ def compile_step(speedrun, as_json, **options):
         raise ValueError(f"--size {size}: {speedrun} has {', '.join(script.RECIPES)}")
     report = _report(script, size, **options)
     report = {"experiment": speedrun.stem, "size": size, **report}
-    click.echo(json.dumps(report, indent=1) if as_json else as_text(report))
+    click.echo(json.dumps(report, indent=1) if as_json else as_text(report, where))
     sys.exit(0 if report["fits"] else 1)
 
 
-def _report(script, size, *, topology, batch, seq_len, vocab_size, mesh, dtype, remat, accumulate):
-    """The compile report of a script's step at a size."""
+def _report(script, size, *, batch, seq_len, vocab_size, dtype, remat, accumulate, **devices):
+    """The compile report of a script's step at a size; `devices`: topology, slices and mesh."""
     from grug_keras.config import PRESETS
     from grug_keras.tpu.report import compile_report
     from grug_keras.training.model_config import size_config
@@ -70,8 +77,7 @@ def _report(script, size, *, topology, batch, seq_len, vocab_size, mesh, dtype, 
 
     return compile_report(
         build,
-        topology=topology,
-        mesh=mesh,
+        **devices,
         batch_size=batch or recipe.batch_size,
         seq_len=config.max_seq_len,
         rules=getattr(script, "RULES", None),

@@ -1,5 +1,6 @@
 """The mesh of devices: reading it from a string, and having Keras build models on it."""
 
+from collections import Counter
 import math
 
 from grug_keras.distribution.processes import process
@@ -43,7 +44,8 @@ def distribute(mesh, rules=None):
 def make_mesh(mesh, devices=None):
     """Arranges devices in a mesh with the axes `"data"` and `"model"`.
 
-    Neighbours in the mesh are near each other in a TPU slice.
+    Neighbours in the mesh are near each other in a TPU slice. Of several slices, each has whole
+    rows of the mesh: the axis `"model"` stays within a slice, and `"data"` spans them.
 
     Args:
         mesh: str, as of `distribute`.
@@ -53,7 +55,8 @@ def make_mesh(mesh, devices=None):
         `keras.distribution.DeviceMesh`.
 
     Raises:
-        ValueError: for a mesh that cannot be read, or that the devices do not fill.
+        ValueError: for a mesh that cannot be read, that the devices do not fill, or whose rows are
+            not within one slice.
         RuntimeError: on a backend other than JAX.
     """
     if keras.config.backend() != "jax":
@@ -62,13 +65,35 @@ def make_mesh(mesh, devices=None):
             f"{keras.config.backend()}: its Keras has no ModelParallel"
         )
     import jax
-    from jax.experimental import mesh_utils
 
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(mesh, len(devices))
+    return keras.distribution.DeviceMesh(shape, AXES, devices=_arrange(mesh, shape, devices))
+
+
+def _arrange(mesh, shape, devices):
+    """Returns the devices as an array of a shape: near ones beside each other."""
+    from jax.experimental import mesh_utils
+
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
     # Model parallelism talks most, so that it gets the fastest links: the last axis.
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return keras.distribution.DeviceMesh(shape, AXES, devices=grid)
+    if len(slices) == 1 or devices[0].platform != "tpu":  # on GPUs a "slice" is a machine
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    (data, model), smallest = shape, min(slices.values())
+    if smallest != max(slices.values()):
+        raise ValueError(f"mesh={mesh!r}: the slices have {sorted(slices.values())} devices")
+    if model > smallest:
+        raise ValueError(
+            f"mesh={mesh!r}: axis model={model} does not fit in a slice of {smallest} devices"
+        )
+    if data % len(slices):
+        raise ValueError(
+            f"mesh={mesh!r}: axis data={data} is not a multiple of the {len(slices)} slices"
+        )
+    inside = (data // len(slices), model)
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, (len(slices), 1), devices, allow_split_physical_axes=True
+    )
 
 
 def mesh_shape(mesh, num_devices):

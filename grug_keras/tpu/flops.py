@@ -51,10 +51,20 @@ def flops_per_token(model, seq_len):
     Returns:
         int.
     """
+    return sum(flops_by_part(model, seq_len).values())
+
+
+def flops_by_part(model, seq_len):
+    """Counts those of the head, the other matrices and attention: dict of str -> int."""
     table = model.token_embedding.embeddings
     matrices = [v for v in model.trainable_variables if len(v.shape) == 2 and v is not table]
     weights = sum(v.shape[0] * v.shape[1] for v in matrices)
+    head = sum(v.shape[0] * v.shape[1] for v in matrices if model.config.vocab_size in v.shape)
     config = model.config
     windows = [min(seq_len, window or seq_len) for window in model.windows]
     seen = sum(window - window**2 / (2 * seq_len) for window in windows)
-    return 6 * weights + round(12 * config.num_heads * config.head_dim * seen)
+    return {
+        "head": 6 * head,
+        "matrices": 6 * (weights - head),
+        "attention": round(12 * config.num_heads * config.head_dim * seen),
+    }

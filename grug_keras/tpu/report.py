@@ -3,8 +3,8 @@
 import time
 
 from grug_keras import distribution
-from grug_keras.tpu import compiler
-from grug_keras.tpu.flops import flops_per_token
+from grug_keras.tpu import compiler, where
+from grug_keras.tpu.flops import flops_by_part, flops_per_token
 from grug_keras.tpu.hlo import read_compiled
 from grug_keras.tpu.step import training_step
 import keras
@@ -16,7 +16,7 @@ CALIBRATION = (
 )
 
 
-def compile_report(build, *, topology, mesh, batch_size, seq_len, rules=None):
+def compile_report(build, *, topology, mesh, batch_size, seq_len, rules=None, slices=1):
     """Compiles a training step ahead of time; no weight is allocated and nothing runs.
 
     Args:
@@ -25,6 +25,7 @@ def compile_report(build, *, topology, mesh, batch_size, seq_len, rules=None):
         mesh, rules: as of `distribution.distribute`.
         batch_size: int, B, over all devices.
         seq_len: int, S.
+        slices: int, how many slices of that topology the mesh spans.
 
     Returns:
         dict, for JSON: bytes of one device, counts and seconds. Unknown values are None: all that
@@ -36,19 +37,33 @@ def compile_report(build, *, topology, mesh, batch_size, seq_len, rules=None):
         ModuleNotFoundError: if libtpu is not installed.
     """
     compiler.record_kernels()
-    devices = compiler.topology(topology).devices
+    devices = _devices(topology, slices)
     distribution.distribute(distribution.make_mesh(mesh, devices), rules)
     try:
         step = training_step(build, batch_size, seq_len)
-        report = _describe(step.model, topology, batch_size, seq_len)
+        report = _describe(step.model, topology, batch_size, seq_len) | {"slices": slices}
         return report | _compile(step, report)
     finally:
         keras.distribution.set_distribution(None)
 
 
+def _devices(topology, slices):
+    devices = compiler.topology(topology).devices  # says what is wrong with the name, or waits
+    if slices == 1:
+        return devices
+    from jax.experimental import topologies
+
+    name = topology if ":" in topology else _chip(topology).smallest
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=name, num_slices=slices
+    ).devices
+
+
 def compile_step(step):
-    """Compiles a `TrainingStep` and returns what `read_compiled` reads of it."""
-    return read_compiled(step.lower().compile())
+    """Compiles a `TrainingStep`; returns what `read_compiled` reads of it, and cycles by part."""
+    compiled, model = step.lower().compile(), step.model
+    parts = where.cycles_by_part(compiled.as_text(), model.name, model.optimizer.name)
+    return {**read_compiled(compiled), "parts": parts}
 
 
 def _describe(model, topology, batch_size, seq_len):
@@ -73,12 +88,22 @@ def _describe(model, topology, batch_size, seq_len):
         "peak": None,
         "fits": False,
         "collectives": None,
+        "seconds_by_part": None,
+        "seconds_at_peak": _seconds_at_peak(model, topology, batch_size, seq_len, mesh),
         "step_seconds": None,
         "tokens_per_second": None,
         "mfu": None,
         "compile_seconds": None,
         "error": None,
     }
+
+
+def _seconds_at_peak(model, topology, batch_size, seq_len, mesh):
+    """The least time of the parts whose operations `flops_per_token` counts."""
+    tokens = batch_size * seq_len / (mesh["data"] * mesh["model"])
+    flops = flops_by_part(model, seq_len)
+    names = {"head": where.LOSS, "matrices": where.PRODUCTS, "attention": where.KERNELS}
+    return {names[part]: tokens * n / _chip(topology).flops for part, n in flops.items()}
 
 
 def _chip(topology):
@@ -99,8 +124,10 @@ def _compile(step, report):
         return {"compile_seconds": seconds, "error": str(error).strip().splitlines()[0]}
     seconds = time.perf_counter() - begin
     peak = sum(found[name] for name in ("arguments", "outputs", "code", "temporaries"))
+    cycles = _cycles(found, step.model, report)
     return {
-        **_speed(_cycles(found, step.model, report), report),
+        **_speed(cycles, report),
+        "seconds_by_part": _seconds_by_part(cycles, found, report),
         "arguments": found["arguments"],
         "temporaries": found["temporaries"],
         "peak": peak,
@@ -123,6 +150,15 @@ def _speed(cycles, report):
         "tokens_per_second": tokens_per_second,
         "mfu": tokens_per_second * report["flops_per_token"] / peak_flops,
     }
+
+
+def _seconds_by_part(cycles, found, report):
+    """Splits the seconds of a step, those of kernels too; None if the cycles are not known."""
+    if cycles is None or "parts" not in found:
+        return None
+    parts = {**found["parts"], where.KERNELS: cycles - found["cycles"]}
+    clock = _chip(report["topology"]).clock
+    return {part: n / clock for part, n in sorted(parts.items(), key=lambda item: -item[1])}
 
 
 def _cycles(found, model, report):
@@ -160,19 +196,26 @@ def _blocks_visited(model, seq_len):
     return sum(map(visited, model.windows)) / len(model.windows)
 
 
-def as_text(report):
-    """Writes a report as lines for people."""
+def as_text(report, by_part=False):
+    """Writes a report as lines for people.
+
+    Args:
+        report: dict, of `compile_report`.
+        by_part: bool, whether to say where the time goes.
+    """
     mesh = ",".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    slices = f" x {report['slices']} slices" if report["slices"] > 1 else ""
     lines = [
-        f"{report['topology']}, {report['devices']} devices as {mesh}",
+        f"{report['topology']}{slices}, {report['devices']} devices as {mesh}",
         f"{report['parameters'] / 1e6:,.0f}M parameters, vocabulary {report['vocab_size']:,}, "
         f"batch {report['batch_size']} x {report['seq_len']} tokens, {report['dtype']}, "
-        f"{report['optimizer']}, remat {'on' if report['remat'] else 'off'}",
+        f"{report['optimizer']}, remat {report['remat']}",
     ]
     if report["error"]:
         lines.append(f"does not fit: {report['error']}")
     else:
         lines += [*_memory_as_text(report), *_collectives_as_text(report), *_speed_as_text(report)]
+        lines += _parts_as_text(report) if by_part and report["seconds_by_part"] else []
     return "\n".join([*lines, f"compiled in {report['compile_seconds']:.1f} s"])
 
 
@@ -201,4 +244,15 @@ def _speed_as_text(report):
         f"step         {1e3 * report['step_seconds']:.1f} ms, "
         f"{report['tokens_per_second']:,.0f} tokens/s, MFU {100 * report['mfu']:.0f}%",
         f"             {CALIBRATION}",
+    ]
+
+
+def _parts_as_text(report):
+    def of(part):
+        at_peak = report["seconds_at_peak"].get(part)
+        return f"  (at the chip's peak {1e3 * at_peak:.1f} ms)" if at_peak else ""
+
+    return [
+        f"  {part:40} {1e3 * seconds:6.1f} ms {seconds / report['step_seconds']:4.0%}{of(part)}"
+        for part, seconds in report["seconds_by_part"].items()
     ]

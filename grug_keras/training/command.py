@@ -15,8 +15,11 @@ from grug_keras import distribution
 from grug_keras.backend import announce_backend
 from grug_keras.best_guess import RECIPES, Recipe, build_optimizer
 from grug_keras.data.quiet import quiet
+from grug_keras.memory import keep_memory
+from grug_keras.training.compile_cache import keep_compiled
 from grug_keras.training.options import RunOptions, command_line
 from grug_keras.training.run import Run
+from grug_keras.training.startup import compiled_programs
 import keras
 
 
@@ -44,6 +47,7 @@ def main(script, build_model, *, recipes=RECIPES, build_optimizer=build_optimize
     def command(**values):
         """Trains this speedrun; leaves results, curve, picture and checkpoints in OUT."""
         restart_with(values["backend"])
+        _set_up_process()
         changes = {
             f.name: values.pop(f.name) for f in dataclasses.fields(Recipe) if f.name in values
         }
@@ -52,7 +56,7 @@ def main(script, build_model, *, recipes=RECIPES, build_optimizer=build_optimize
             try:
                 _check_given(script, given)
                 options = _on_the_mesh(RunOptions(**values), rules, stack)
-                keras.config.set_dtype_policy(options.dtype)
+                keras.config.set_dtype_policy(options.dtype_policy)
                 if distribution.process()[0] == 0:
                     announce_backend()
                 _log_to_stderr()
@@ -110,6 +114,14 @@ def _on_the_mesh(options, rules, stack):
     return dataclasses.replace(options, out=stack.enter_context(tempfile.TemporaryDirectory()))
 
 
+def _set_up_process():
+    """Keeps memory between steps, and what is compiled for the next run; a user's choice stays."""
+    keep_memory()
+    if keras.config.backend() == "jax":
+        keep_compiled()
+        compiled_programs()
+
+
 def _log_to_stderr():
     """Shows the log of this package, and starts the libraries without their greetings."""
     logging.basicConfig(format="%(message)s")
@@ -122,7 +134,7 @@ def _log_to_stderr():
 
             jax.devices()  # libtpu complains where there is no TPU
         with contextlib.suppress(ImportError):
-            import tensorflow  # noqa: F401 - Keras's data adapters import it, if it is there
+            import tensorflow  # noqa: F401 - Keras imports it, if it is there, to set its seed
 
 
 def restart_with(backend):

@@ -13,6 +13,7 @@ from grug_keras.training.folder import RunFolder
 from grug_keras.training.interrupts import StopOnInterrupt
 from grug_keras.training.meter import Meter
 from grug_keras.training.options import RunOptions
+from grug_keras.training.profile import Profile
 from grug_keras.training.record import RunRecord
 import keras
 
@@ -62,19 +63,24 @@ class TrainingLoop:
 
     def _fit(self):
         """Trains from halt to halt."""
+        traces = self.folder.path / "trace"
+        profile = Profile(self.options.profile, self.meter.steps_done, traces)
         with StopOnInterrupt(self.model) as stop:
             while self.meter.steps_done < self.steps and not stop.interrupted:
                 step = self.meter.steps_done
-                self.model.fit(
-                    self.batches.between(step, self.options.next_halt(step, self.steps)),
-                    shuffle=False,  # the batches come in their own seeded order
-                    verbose=0,  # the meter prints
-                    callbacks=[self.meter, stop],
-                )
+                halt = self.options.next_halt(step, self.steps)
+                with profile.trace(step):
+                    self.model.fit(
+                        self.batches.between(step, profile.halt(step, halt)),
+                        shuffle=False,  # the batches come in their own seeded order
+                        verbose=0,  # the meter prints
+                        callbacks=[self.meter, stop],
+                    )
                 if self.meter.bad_step is not None or not _is_finite(self.model):
                     self.record.status = "diverged"
                     break
-                self._halt()
+                if stop.interrupted or self.meter.steps_done == halt:
+                    self._halt()
 
     def _halt(self):
         """Evaluates if it is time, and saves even if the evaluation fails."""

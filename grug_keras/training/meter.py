@@ -10,6 +10,7 @@ import time
 
 from grug_keras.data.files import write_atomically
 from grug_keras.distribution import process
+from grug_keras.training.startup import process_seconds
 import keras
 
 COLUMNS = (
@@ -52,6 +53,7 @@ class Meter(keras.callbacks.Callback):
         train_seconds: float, time of training. The first step of a process compiles and does
             not count, nor does what happens between two calls of `fit`.
         compile_seconds: float, duration of that step, None before it.
+        first_step_seconds: float, from the start of the process to its end, None before it.
         last_loss: float or None, loss of the last step.
         bad_step: int or None, index of the first step whose loss is not finite.
     """
@@ -81,7 +83,8 @@ class Meter(keras.callbacks.Callback):
         self.steps, self.report_every = steps, max(1, steps // 10)
         self.flops_per_step, self.peak_flops = flops_per_token * tokens_per_step, peak_flops
         self.steps_done, self.train_seconds, self.sinks = first_step, train_seconds, sinks
-        self.compile_seconds, self.last_loss, self.bad_step = None, None, None
+        self.compile_seconds, self.first_step_seconds = None, None
+        self.last_loss, self.bad_step = None, None
         self._lock, self._arrived, self._first = threading.Lock(), {}, first_step
         self._timed_steps, self._timed_seconds = 0, 0.0
         self.extra = list(extra)
@@ -107,6 +110,7 @@ class Meter(keras.callbacks.Callback):
         self.steps_done, self._last = step + 1, max(now, self._last)
         if self.compile_seconds is None:
             self.compile_seconds = took
+            self.first_step_seconds = process_seconds()
         else:
             self.train_seconds += took
             self._timed_steps, self._timed_seconds = (
@@ -197,6 +201,7 @@ class Meter(keras.callbacks.Callback):
             "tokens": self.steps_done * self.tokens_per_step,
             "seconds": round(self.train_seconds, 2),
             "compile_seconds": self.compile_seconds and round(self.compile_seconds, 2),
+            "first_step_seconds": self.first_step_seconds and round(self.first_step_seconds, 2),
             "ms_per_step": round(1e3 * self._timed_seconds / timed, 3) if timed else None,
             "tokens_per_second": round(self.tokens_per_second) if timed else None,
             "mfu": mfu and round(mfu, 4),

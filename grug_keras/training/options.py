@@ -3,6 +3,7 @@
 import dataclasses
 
 import click
+from grug_keras.config import REMAT
 from grug_keras.data.batches import PACKINGS
 from grug_keras.training.sinks import SINKS
 
@@ -27,16 +28,18 @@ class RunOptions:
         packing: str, of `grug_keras.data.TokenBatches`.
         seed: int, of the initial weights and the data order.
         seq_len: int or None, sequence length instead of the preset's `max_seq_len`.
-        dtype: str, Keras dtype policy.
+        dtype: str or None, Keras dtype policy; None is float32 for `smoke`, which trains on CPUs,
+            and mixed_bfloat16 for the other sizes.
         backend: str or None, Keras backend.
         mesh: str or None, see `grug_keras.distribution.distribute`.
-        remat: bool or None, instead of the preset's.
+        remat: str or None, of `GrugConfig`, instead of the preset's.
         save_every: int or None, steps between checkpoints; None is a tenth of the run.
         evaluate_every: int or None, steps between evaluations; None is at the end only.
         keep: int, number of latest checkpoints that are kept, besides the best one.
         out: str, folder of the run folders.
         resume: str or None, path of a run folder to continue; `""` is the newest unfinished
             one in `out` of this script, size and seed, or a new one.
+        profile: int, steps that are traced after the first ones, into the run's folder `trace`.
         norms: bool, whether the norms of gradients, parameters and updates are logged by role.
         log: names of `sinks.SINKS`, where the metrics go besides the run folder.
     """
@@ -61,8 +64,11 @@ class RunOptions:
     )
     seed: int = _option(0, "Initial weights and data order.", type=click.IntRange(0, 2**32 - 1))
     seq_len: int | None = _option(None, "Instead of the model's longest.", type=_at_least(8))
-    dtype: str = _option(
-        "float32", "Keras dtype policy.", type=click.Choice(["float32", "mixed_bfloat16"])
+    dtype: str | None = _option(
+        None,
+        "Keras dtype policy.",
+        type=click.Choice(["float32", "mixed_bfloat16"]),
+        show_default="float32 for smoke, else mixed_bfloat16",
     )
     backend: str | None = _option(
         None,
@@ -76,9 +82,11 @@ class RunOptions:
         "hosts, start the same command on each.",
         metavar="data=4,model=2|data=auto",
     )
-    remat: bool | None = _option(
+    remat: str | None = _option(
         None,
-        "Recompute blocks in the backward pass: less memory, more time.",
+        "What the backward pass computes again, for less memory and more time: all of a block but "
+        "its products with weights (dots), or all of it (full).",
+        type=click.Choice(REMAT),
         show_default="the size's",
     )
     save_every: int | None = _option(
@@ -96,12 +104,18 @@ class RunOptions:
         flag_value="",
         metavar="[RUN]",
     )
+    profile: int = _option(0, "Trace some steps, into RUN/trace.", type=click.IntRange(min=0))
     norms: bool = _option(
         False, "Log the norms of gradients, parameters and updates by role.", is_flag=True
     )
     log: tuple = _option(
         (), "Where metrics go as well.", multiple=True, type=click.Choice(list(SINKS))
     )
+
+    @property
+    def dtype_policy(self):
+        """The dtype policy of the run: that of its size, unless the user has named one."""
+        return self.dtype or ("float32" if self.size == "smoke" else "mixed_bfloat16")
 
     def next_halt(self, step, steps):
         """The next step after `step` at which a run of `steps` halts, to evaluate or to save."""
@@ -129,8 +143,6 @@ def command_line(recipe_class, sizes):
         if field.name == "size":
             settings |= {"type": click.Choice(sizes), "default": sizes[0]}
         flag = f"--{field.name.replace('_', '-')}"
-        if field.type == bool | None:
-            flag = f"{flag}/--no-{field.name.replace('_', '-')}"
         settings.setdefault("default", field.default)
         parameters.append(click.option(flag, help=field.metadata["help"], **settings))
     for field in dataclasses.fields(recipe_class):

@@ -76,6 +76,9 @@ class RunRecord:
         steps, tokens: int, trained so far.
         seconds: float, training time without the first step of each process.
         compile_seconds, evaluation_seconds, checkpoint_seconds, total_seconds: float.
+        import_seconds, build_seconds, first_step_seconds: float, since the process began: until
+            the command runs, until model and optimizer are built, until the first step is done.
+        programs: list of dict, see `startup.CompiledPrograms.table`; empty but for JAX.
         ms_per_step, tokens_per_second, mfu: float, of this process.
         peak_memory_bytes: int.
         train_loss: float, nats per token, of the last step.
@@ -122,6 +125,10 @@ class RunRecord:
     tokens: int = 0
     seconds: float | None = None
     compile_seconds: float | None = None
+    import_seconds: float | None = None
+    build_seconds: float | None = None
+    first_step_seconds: float | None = None
+    programs: list = dataclasses.field(default_factory=list)
     evaluation_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
     total_seconds: float | None = None
@@ -229,6 +236,8 @@ def _identity(record):
         # optimizers of a process, and a class may have moved to another module.
         # Before schema 4 the recipe held when a run halts.
         ignored = name in _NO_IDENTITY
+        if name == "config.remat" and isinstance(value, bool):
+            value = "full" if value else "none"  # as records of before had it
         if isinstance(value, dict):
             for key, part in value.items():
                 yield from flatten(f"{name}.{key}", part)

@@ -21,6 +21,7 @@ from grug_keras.training.record import check_same_run, new_record, utc_now
 from grug_keras.training.report import announce, report
 from grug_keras.training.sampling import sample_validation
 from grug_keras.training.sinks import SINKS
+from grug_keras.training.startup import compiled_programs, process_seconds
 import keras
 
 VALIDATION_BYTES = 2**18
@@ -88,7 +89,7 @@ class Run:
         Returns:
             int, the exit status of the process.
         """
-        begin = time.perf_counter()
+        begin, imported = time.perf_counter(), process_seconds()
         keras.utils.set_random_seed(self.options.seed)
         with refusals():
             model = self._compiled_model(build_model, build_optimizer)
@@ -103,6 +104,8 @@ class Run:
                 step, notes = checkpoints.restore(model) or (0, {})
                 loop = self._loop(model, record, checkpoints, sinks, step, notes)
             self._continue(record, step, notes)
+            built = process_seconds()
+            record.update(import_seconds=round(imported, 2), build_seconds=round(built, 2))
             announce(self, model, record, step)
             self.data.tokenizer.save(self.folder.path)
             record.save(self.folder.results)
@@ -118,6 +121,8 @@ class Run:
             optimizer,
             accumulate=self.recipe.accumulate,
             norms_by=functools.partial(role_in, optimizer) if self.options.norms else None,
+            # Keras leaves TensorFlow on CPUs without XLA: a quarter slower, or more.
+            jit_compile=True if keras.config.backend() == "tensorflow" else "auto",
         )
         model.optimizer.build(model.trainable_variables)
         return model
@@ -189,6 +194,8 @@ class Run:
             record.finished = utc_now()
             record.total_seconds = round(time.perf_counter() - begin, 1)
             record.peak_memory_bytes = peak_memory()
+            if keras.config.backend() == "jax":
+                record.programs = compiled_programs().table()
             for sink in loop.sinks:
                 sink.close()
             record.save_if_there_is_room(self.folder.results)

@@ -15,6 +15,24 @@ import numpy as np
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
+def recomputed(function, remat="full"):
+    """Returns a function that the backward pass computes again.
+
+    Args:
+        function: function of tensors.
+        remat: str, `"full"`, or `"dots"` to keep the results of products with weights and of
+            Pallas kernels. A product whose factors both have a batch axis, as attention's, is
+            computed again: its result is large, and multiplying it was little work.
+    """
+    return jax.checkpoint(function, policy=_keeps if remat == "dots" else None)
+
+
+def _keeps(primitive, *operands, **params):
+    """Attention kernels give their output and a statistic of each row, as large as a product."""
+    is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive.name == "pallas_call" or is_product(primitive, *operands, **params)
+
+
 class Program(NamedTuple):
     """The trace of a function, to be compared with those of others.
 
@@ -67,7 +85,7 @@ def loop(functions, values, programs, x):
     def step(x, rows):
         found = []
         for function, row in zip(functions, rows, strict=True):
-            (x, others), aux = jax.checkpoint(function)(x, row)
+            (x, others), aux = recomputed(function)(x, row)
             found.append((others, aux))
         return x, found
 

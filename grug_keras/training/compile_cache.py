@@ -1,0 +1,58 @@
+"""What XLA has compiled, kept on disk for the next run: JAX's persistent compilation cache."""
+
+import hashlib
+import os
+import pathlib
+import platform
+
+MOST_BYTES = 4 * 2**30
+FEWEST_SECONDS = 0  # a run compiles a hundred small programs, seconds in all
+
+
+def keep_compiled():
+    """Switches JAX's compilation cache on, in a folder of our own, unless the user has one.
+
+    A program is found by its own text, the versions of JAX and XLA, and the compiler's flags. Code
+    for a CPU also depends on the instructions that this one has, which JAX leaves to the folder:
+    each kind of processor has its own. The least recently used entries go when all take 4 GiB.
+
+    `JAX_COMPILATION_CACHE_DIR` names another folder; `JAX_ENABLE_COMPILATION_CACHE=false` switches
+    it off.
+
+    Returns:
+        Path of the folder; None where there is no cache.
+    """
+    import jax
+
+    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
+        return jax.config.jax_compilation_cache_dir
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None  # no home, or one that cannot be written to: compile each time
+    for name, value in {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_max_size": MOST_BYTES,
+        "jax_persistent_cache_min_compile_time_secs": FEWEST_SECONDS,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }.items():
+        jax.config.update(name, value)
+    return folder
+
+
+def cache_folder():
+    """Returns the path of this machine's folder in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()
+    return pathlib.Path(base) / "grug_keras" / "compiled" / _processor()
+
+
+def _processor():
+    """Returns a short name of the kind of processor: its architecture and instructions."""
+    text = platform.machine() + platform.processor()
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    text += "".join(sorted({line for line in lines if line.startswith(("flags", "Features"))}))
+    return f"{platform.machine()}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

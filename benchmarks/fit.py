@@ -1,12 +1,13 @@
 """`fit` beside what else one would pick: same model, same tokens, same precision, in turns.
 
     python benchmarks/fit.py [--size smoke|7m|25m] [--row NAME ...] [--turns 7] [--json out.json]
+    python benchmarks/fit.py --plot picture.png one.json other.json
 
 Every row is a process of its own: it makes the model, trains one step, and waits. Then the rows
 train some steps one after the other, in turns, so that a noisy machine slows all alike. The model
 is a Llama (no weights shared, no QK-norm) in float32 with AdamW; all rows have as many parameters,
-which is checked. On Linux a row that starts with `+` runs with the allocator that `grug_keras`
-gives its own runs, `grug_keras.keep_memory()`.
+which is checked. Rows of ours run as our runs do: on Linux with `grug_keras.keep_memory()`, on
+TensorFlow with `jit_compile=True`. A row of another library that starts with `+` does so too.
 
 `share` is of the fastest float32 matrix product of the machine, by floating-point operations as
 `grug_keras.tpu.flops` counts them. Memory is the peak resident set above what the imports took.
@@ -55,11 +56,16 @@ ROWS = {
 @click.option("--steps", type=int, help="Of a turn.")
 @click.option("--json", "out", type=click.Path(path_type=pathlib.Path), help="Keep the figures.")
 @click.option("--worker", help="One row, which reads its turns from stdin.")
-def main(size, rows, turns, steps, out, worker):
+@click.option("--plot", type=click.Path(path_type=pathlib.Path), help="Draw figures of --json.")
+@click.argument("figures", nargs=-1, type=click.Path(exists=True, path_type=pathlib.Path))
+def main(size, rows, turns, steps, out, worker, plot, figures):
     if worker:
         serve(worker, size)
         return
-    names = rows or (*ROWS, *(f"+{name}" for name in ROWS if "grug" not in name))
+    if plot:
+        draw([json.loads(path.read_text()) for path in figures], plot)
+        return
+    names = rows or (*ROWS, *(f"+{name}" for name in ROWS if name.startswith(("Ker", "JAX"))))
     steps = steps or STEPS[size]
     workers, begun = {}, {}
     for name in names:  # one after the other: the first step is timed
@@ -98,6 +104,33 @@ def table(found):
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def draw(figures, path):
+    """Bars of tokens a second: a panel a size, ours in colour, without the rows of `+`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figures = sorted(figures, key=lambda found: list(SHAPES).index(found["size"]))
+    _, panels = pyplot.subplots(1, len(figures), figsize=(4.2 * len(figures), 3.6), squeeze=False)
+    for panel, found in zip(panels[0], figures, strict=True):
+        rows = [(n, row) for n, row in found["rows"].items() if not n.startswith("+")][::-1]
+        speeds = [row["tokens_per_second"] for _, row in rows]
+        colours = ["#d62728" if name.startswith("grug") else "#b0b0b0" for name, _ in rows]
+        bars = panel.barh([name for name, _ in rows], speeds, color=colours)
+        panel.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=3, fontsize=8)
+        parameters = rows[0][1]["parameters"] / 1e6
+        panel.set_title(f"{parameters:.1f}M parameters", fontsize=10)
+        panel.set_xlim(0, 1.25 * max(speeds))
+        panel.set_xlabel("tokens a second", fontsize=9)
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+        if panel is not panels[0][0]:
+            panel.set_yticklabels([])
+    pyplot.tight_layout()
+    pyplot.savefig(path, dpi=110)
 
 
 class Worker:
@@ -141,7 +174,8 @@ def serve(name, size):
     from measure import resident
 
     keeps = name.startswith("+") or name.startswith("grug")
-    _, peer = ROWS[name.removeprefix("+")]
+    backend, peer = ROWS[name.removeprefix("+")]
+    options = {"jit_compile": True} if keeps and backend == "tensorflow" else {}
     peers = importlib.import_module("peers")
     peers.import_libraries(peer)
     if keeps:
@@ -149,7 +183,7 @@ def serve(name, size):
 
         grug_keras.keep_memory()
     before = resident("VmRSS")
-    train, parameters = getattr(peers, peer)(*SHAPES[size], RATE, DECAY)
+    train, parameters = getattr(peers, peer)(*SHAPES[size], RATE, DECAY, **options)
     batches = functools.partial(random_batches, size, np.random.default_rng(0))
     train(*batches(1))
     say({"first_step_seconds": time.time() - float(os.environ["BEGIN"]), "parameters": parameters})

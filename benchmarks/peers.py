@@ -24,7 +24,7 @@ def import_libraries(peer):
         importlib.import_module(name)
 
 
-def grug(V, D, F, L, N, S, B, rate, decay):
+def grug(V, D, F, L, N, S, B, rate, decay, jit_compile="auto"):
     import grug_keras
     import keras
 
@@ -35,7 +35,7 @@ def grug(V, D, F, L, N, S, B, rate, decay):
         )
     )  # fmt: skip
     model.build()
-    model.compile(keras.optimizers.AdamW(rate, weight_decay=decay))
+    model.compile(keras.optimizers.AdamW(rate, weight_decay=decay), jit_compile=jit_compile)
 
     def train(x, y):
         model.fit(x, y, batch_size=B, shuffle=False, verbose=0)
@@ -43,7 +43,7 @@ def grug(V, D, F, L, N, S, B, rate, decay):
     return train, model.count_params()
 
 
-def keras_hub(V, D, F, L, N, S, B, rate, decay):
+def keras_hub(V, D, F, L, N, S, B, rate, decay, jit_compile="auto"):
     import keras
     from keras_hub.models import LlamaBackbone, LlamaCausalLM
     import numpy as np
@@ -56,6 +56,7 @@ def keras_hub(V, D, F, L, N, S, B, rate, decay):
     model.compile(
         keras.optimizers.AdamW(rate, weight_decay=decay),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=jit_compile,
     )
 
     def train(x, y):

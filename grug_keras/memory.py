@@ -4,6 +4,8 @@ import ctypes
 import os
 import sys
 
+import keras
+
 # Parameters of mallopt in glibc's malloc.h, and what they are set to.
 _SETTINGS = {
     -8: 1,  # M_ARENA_MAX: one arena, since the others are made of mappings of 64 MiB
@@ -19,7 +21,9 @@ def keep_memory():
     On Linux, glibc gives large arrays back to the system as soon as they are free. Every step of
     a training on CPU then gets its temporaries as new pages, thousands of page faults, in a
     quarter of its time (`docs/performance.md`). This is for the whole process and cannot be
-    undone: its memory stays at its peak. Call it before training; a speedrun does.
+    undone: its memory stays at its peak. On JAX a CPU also begins a step only when the one before
+    has ended, or the temporaries of both would be kept. Call it before anything is computed, as
+    a speedrun does.
 
     Returns:
         None, or str why nothing was changed: no glibc, or the environment has its own settings
@@ -42,4 +46,18 @@ def keep_memory():
         return "it needs glibc, this is another C library"
     for parameter, value in _SETTINGS.items():
         library.mallopt(parameter, value)
+    _run_one_step_at_a_time()
     return None
+
+
+def _run_one_step_at_a_time():
+    """On JAX, has a lone CPU device begin a step when the last has ended.
+
+    Several devices of a process would wait for one another for ever.
+    """
+    if keras.config.backend() == "jax":
+        import jax
+
+        several = "device_count" in os.environ.get("XLA_FLAGS", "")
+        if not several and jax.config.jax_num_cpu_devices <= 1:
+            jax.config.update("jax_cpu_enable_async_dispatch", False)

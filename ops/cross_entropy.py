@@ -1,5 +1,6 @@
 """Fused linear cross-entropy: what the op computes, its checks, its implementations."""
 
+import functools
 import importlib
 import math
 
@@ -13,6 +14,8 @@ OP = "fused_linear_cross_entropy"
 BACKEND = keras.config.backend()
 if BACKEND in registry.BACKENDS:  # imported now: torch.compile does not trace an import
     loops = importlib.import_module(f"grug_keras.ops.{BACKEND}.chunked_cross_entropy")
+if BACKEND == "jax":
+    from grug_keras.ops.jax.cross_entropy_check import kernels_pay
 
 # A tuple, not a union: torch.compile reads only the tuple.
 _HOST_ARRAYS = (np.ndarray, list, tuple)
@@ -53,10 +56,11 @@ def fused_linear_cross_entropy(
         chunk_size: int or None. Tokens per chunk of the gradient (`"streaming"`: columns per
             chunk), on each device; None takes what suits the shape and the platform.
         return_statistics: bool. Also returns a `TokenStatistics`.
-        implementation: str or None. None runs `"chunked"`. `"streaming"` (JAX) needs less
-            memory when tokens are many, and a third more arithmetic; `"pallas"` (JAX, bfloat16
-            hidden, no soft cap) runs two kernels that are for TPU v6e and tpu7x at a hidden
-            size up to 2048, and are interpreted, slowly, elsewhere; `"reference"` holds all
+        implementation: str or None. None runs `"chunked"`, but on JAX `"pallas"` where that is
+            faster: bfloat16 hidden of a size up to 2048 on TPU v6e or 1024 on tpu7x, without soft
+            cap and chunk_size. `"streaming"` (JAX) needs less memory when tokens are many, and a
+            third more arithmetic; `"pallas"` (JAX, bfloat16 hidden, no soft cap) runs two kernels
+            that are for TPUs, and are interpreted, slowly, elsewhere; `"reference"` holds all
             logits.
 
     Returns:
@@ -102,10 +106,8 @@ def fused_linear_cross_entropy(
 
     cap = None if logit_soft_cap is None else float(logit_soft_cap)
     options = LossOptions(float(z_loss), float(label_smoothing), cap, chunk_size, return_statistics)
-    if implementation is None:
-        implementation = "chunked"  # on every backend and device
-        registry.announce(OP, "'chunked'")
-    run = registry.choose(OP, implementation)
+    named = implementation is not None
+    run = registry.choose(OP, implementation) if named else _fastest(hidden, options)
     flat = [ops.reshape(array, (-1,)) for array in (labels, weights)]
     loss, statistics = run(
         ops.reshape(hidden, (-1, hidden.shape[-1])), lm_head, *flat, options, reduction == "none"
@@ -113,6 +115,19 @@ def fused_linear_cross_entropy(
     if reduction == "none":
         loss = ops.reshape(loss, ops.shape(labels))
     return (loss, _shaped(statistics, counted, valid)) if return_statistics else loss
+
+
+def _fastest(hidden, options):
+    """Returns the implementation that suits a call which names none, and logs it once.
+
+    A gradient decides on the kernels when it is made: they run where the program is compiled for
+    a TPU, if there they gave a small example the right results.
+    """
+    if BACKEND == "jax" and kernels_pay(hidden, options):
+        registry.announce(OP, "'pallas' on TPU, elsewhere as 'chunked',")
+        return functools.partial(_pallas, automatic=True)
+    registry.announce(OP, "'chunked'")
+    return registry.choose(OP, "chunked")
 
 
 def _without_uncounted(hidden, labels, weights, counted, valid):
@@ -153,12 +168,12 @@ def _streaming(hidden, lm_head, labels, weights, options, per_token):
     return _weighted(statistics, weights, per_token)
 
 
-def _pallas(hidden, lm_head, labels, weights, options, per_token):
+def _pallas(hidden, lm_head, labels, weights, options, per_token, automatic=False):
     """Computes `_chunked`, each chunk by a pair of TPU kernels."""
     if per_token:
-        statistics = loops.pallas_losses(hidden, lm_head, labels, options)
+        statistics = loops.pallas_losses(hidden, lm_head, labels, options, automatic)
         return weights * statistics.losses, statistics
-    return loops.pallas_total(hidden, lm_head, labels, weights, options)
+    return loops.pallas_total(hidden, lm_head, labels, weights, options, automatic)
 
 
 def _reference(hidden, lm_head, labels, weights, options, per_token):

@@ -58,7 +58,7 @@ def start(out, *options, **kwargs):
 def finished(tmp_path_factory):
     """One short run on the embedded corpus: (folder, printed lines, stderr, record)."""
     out = tmp_path_factory.mktemp("runs")
-    process = start(out, "--steps", 24, "--seed", 3)
+    process = start(out, "--steps", 24, "--seed", 3, "--profile", 2)
     printed, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     (folder,) = out.iterdir()
@@ -69,7 +69,12 @@ def finished(tmp_path_factory):
 def test_the_screen_shows_lines_of_the_project_alone(finished):
     """No library greets, complains or reports progress; the backend is named once."""
     _, lines, errors, _ = finished
-    known = ("Keras backend: ", "attention runs as ", "fused_linear_cross_entropy runs as ")
+    known = (
+        "Keras backend: ",
+        "attention runs as ",
+        "fused_linear_cross_entropy runs as ",
+        "trace",
+    )
     assert [line for line in errors if not line.startswith(known)] == []
     assert sum(line.startswith("Keras backend: ") for line in errors) == 1
     assert lines[0].startswith("grugformer_starter: ")
@@ -85,7 +90,9 @@ def test_a_run_leaves_its_whole_record(finished):
         "loss.png",
         "model.keras",
         "results.json",
+        "trace",
     ]
+    assert any((folder / "trace").rglob("*.xplane.pb")), "what --profile asks for"
     assert record["status"] == "finished"
     assert record["id"] == folder.name
     assert (record["seed"], record["steps"], record["tokens"]) == (3, 24, 24 * 8 * 64)
@@ -99,6 +106,15 @@ def test_a_run_leaves_its_whole_record(finished):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert f"{record['bits_per_byte']:.3f} bits per byte" in lines[-1]
     assert any("sample" in line for line in lines)
+
+
+def test_a_run_compiles_no_step_twice_and_says_where_its_start_went(finished):
+    _, _, _, record = finished
+    programs = {program["name"]: program for program in record["programs"]}
+    assert programs["train_step"]["compiled"] == programs["test_step"]["compiled"] == 1
+    assert programs["train_step"]["trace_seconds"] > 0
+    in_order = [record[f"{name}_seconds"] for name in ("import", "build", "first_step")]
+    assert 0 < in_order[0] < in_order[1] < in_order[2] < record["total_seconds"] + in_order[0]
 
 
 def test_the_curve_has_a_row_a_step_and_the_loss_falls_on_real_text(finished):

@@ -15,6 +15,9 @@ CALIBRATION = (
     "1.4 times), 0.65 times on v6e"
 )
 
+# The kernels whose grid steps are known, by the first letters of their names.
+KERNELS = {"splash": where.KERNELS, "cross_entropy": where.LOSS}
+
 
 def compile_report(build, *, topology, mesh, batch_size, seq_len, rules=None, slices=1):
     """Compiles a training step ahead of time; no weight is allocated and nothing runs.
@@ -30,7 +33,7 @@ def compile_report(build, *, topology, mesh, batch_size, seq_len, rules=None, sl
     Returns:
         dict, for JSON: bytes of one device, counts and seconds. Unknown values are None: all that
         the compiler says of a step that does not fit, and the time of a step with Pallas kernels
-        besides attention's.
+        besides attention's and the loss's.
 
     Raises:
         ValueError: before compiling, for a topology, a mesh, a batch or a model that is refused.
@@ -127,7 +130,7 @@ def _compile(step, report):
     cycles = _cycles(found, step.model, report)
     return {
         **_speed(cycles, report),
-        "seconds_by_part": _seconds_by_part(cycles, found, report),
+        "seconds_by_part": _seconds_by_part(cycles, found, step.model, report),
         "arguments": found["arguments"],
         "temporaries": found["temporaries"],
         "peak": peak,
@@ -152,32 +155,59 @@ def _speed(cycles, report):
     }
 
 
-def _seconds_by_part(cycles, found, report):
+def _seconds_by_part(cycles, found, model, report):
     """Splits the seconds of a step, those of kernels too; None if the cycles are not known."""
     if cycles is None or "parts" not in found:
         return None
-    parts = {**found["parts"], where.KERNELS: cycles - found["cycles"]}
+    parts = dict(found["parts"])
+    for part, n in _kernel_cycles(found, model, report).items():
+        parts[part] = parts.get(part, 0) + n
     clock = _chip(report["topology"]).clock
     return {part: n / clock for part, n in sorted(parts.items(), key=lambda item: -item[1])}
 
 
 def _cycles(found, model, report):
-    """Adds up the cycles of a step: the compiler's estimate, and those of the attention kernels.
-
-    A kernel's grid steps in one call are the blocks that causality leaves, in each head of each
-    example. Nobody but their author knows how many steps other kernels take.
+    """Adds up the cycles of a step: the compiler's estimate, and those of the kernels.
 
     Returns:
-        int, or None if there are kernels besides attention's.
+        int, or None if there are kernels besides attention's and the loss's: nobody but their
+        author knows how many steps other kernels take.
     """
-    if not all(name.startswith("splash") for name in found["kernels"]):
+    if not all(name.startswith(tuple(KERNELS)) for name in found["kernels"]):
         return None
+    return found["cycles"] + sum(_kernel_cycles(found, model, report).values())
+
+
+def _kernel_cycles(found, model, report):
+    """Returns {part of the step: cycles of its kernels}."""
+    if not found["kernels"]:
+        return {}
     examples = report["batch_size"] // report["mesh"]["data"] // model.accumulate
+    grid_steps = {
+        where.KERNELS: lambda: _attention_steps(examples, model, report),
+        where.LOSS: lambda: _loss_steps(examples, model, report),
+    }
+    cycles = {}
+    for prefix, part in KERNELS.items():
+        kernels = [k for name, k in found["kernels"].items() if name.startswith(prefix)]
+        if kernels:
+            cycles[part] = grid_steps[part]() * sum(k["calls"] * k["cycles"] for k in kernels)
+    return cycles
+
+
+def _attention_steps(examples, model, report):
+    """Counts the grid steps of a call: blocks that causality leaves, in each head and example."""
     heads = model.config.num_heads // report["mesh"]["model"]
-    grid_steps = examples * heads * _blocks_visited(model, report["seq_len"])
-    return found["cycles"] + grid_steps * sum(
-        kernel["calls"] * kernel["cycles"] for kernel in found["kernels"].values()
-    )
+    return examples * heads * _blocks_visited(model, report["seq_len"])
+
+
+def _loss_steps(examples, model, report):
+    """Counts the grid steps of a call, which does one chunk of tokens: tiles of the vocabulary."""
+    from grug_keras.ops.jax.cross_entropy_kernels import block_sizes
+
+    columns = model.config.vocab_size // report["mesh"]["model"]
+    _, tile = block_sizes(examples * report["seq_len"], model.config.hidden_dim, columns)
+    return -(-columns // tile)
 
 
 def _blocks_visited(model, seq_len):
@@ -239,7 +269,7 @@ def _collectives_as_text(report):
 
 def _speed_as_text(report):
     if report["step_seconds"] is None:
-        return ["step         unknown: there are Pallas kernels besides attention's"]
+        return ["step         unknown: there are Pallas kernels besides attention's and the loss's"]
     return [
         f"step         {1e3 * report['step_seconds']:.1f} ms, "
         f"{report['tokens_per_second']:,.0f} tokens/s, MFU {100 * report['mfu']:.0f}%",

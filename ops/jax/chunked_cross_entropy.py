@@ -20,6 +20,7 @@ from grug_keras.ops.chunk_loss import (
     soft_cap,
     update_statistics,
 )
+from grug_keras.ops.jax.cross_entropy_check import kernels_agree
 from grug_keras.ops.jax.cross_entropy_on_mesh import Placement
 from grug_keras.ops.jax.once_differentiable import once_differentiable
 import jax
@@ -58,18 +59,18 @@ def streaming_losses(hidden, lm_head, labels, options):
     return _statistics(by_vocabulary, hidden, _tensor(lm_head), labels, options, placement)
 
 
-def pallas_total(hidden, lm_head, labels, weights, options):
-    """Computes `chunked_total` with the Pallas kernels."""
-    _check_kernels_fit(hidden, options)
+def pallas_total(hidden, lm_head, labels, weights, options, automatic=False):
+    """Computes `chunked_total` with the Pallas kernels; see `_kernel_method`."""
+    method = _kernel_method(hidden, options, automatic)
     placement = Placement.of(lm_head)
-    return _total(by_kernels, hidden, _tensor(lm_head), labels, weights, options, placement)
+    return _total(method, hidden, _tensor(lm_head), labels, weights, options, placement)
 
 
-def pallas_losses(hidden, lm_head, labels, options):
-    """Computes `chunked_losses` with the Pallas kernels."""
-    _check_kernels_fit(hidden, options)
+def pallas_losses(hidden, lm_head, labels, options, automatic=False):
+    """Computes `chunked_losses` with the Pallas kernels; see `_kernel_method`."""
+    method = _kernel_method(hidden, options, automatic)
     placement = Placement.of(lm_head)
-    return _statistics(by_kernels, hidden, _tensor(lm_head), labels, options, placement)
+    return _statistics(method, hidden, _tensor(lm_head), labels, options, placement)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
@@ -186,28 +187,42 @@ def _scan_tokens(arrays, lm_head, options, columns, size):
 
 def by_kernels(hidden, lm_head, labels, weights, logsumexp, options, columns):
     """Computes `by_tokens` with the Pallas kernels, interpreted where there is no TPU."""
+    scan = functools.partial(_scan_with_kernels, options=options, columns=columns)
+    return jax.lax.platform_dependent(
+        *(hidden, lm_head, labels, weights),
+        tpu=functools.partial(scan, interpret=False),
+        default=functools.partial(scan, interpret=True),
+    )
+
+
+def by_best_of_tpu(hidden, lm_head, labels, weights, logsumexp, options, columns):
+    """Computes `by_tokens`, on TPU with the Pallas kernels if they are right there."""
+    arrays = hidden, lm_head, labels, weights
+    others = {"options": options, "columns": columns}
+    by_chunks = functools.partial(by_tokens, logsumexp=None, **others)
+    if not kernels_agree(hidden.shape[0], *lm_head.shape, options):
+        return by_chunks(*arrays)
+    kernels = functools.partial(_scan_with_kernels, interpret=False, **others)
+    return jax.lax.platform_dependent(*arrays, tpu=kernels, default=by_chunks)
+
+
+def _scan_with_kernels(hidden, lm_head, labels, weights, *, options, columns, interpret):
     from grug_keras.ops.jax import cross_entropy_kernels as kernels
 
     (T, D), V = hidden.shape, lm_head.shape[1]
     size, tile = kernels.block_sizes(T, D, V, options.chunk_size)
     lm_head = jnp.pad(lm_head, ((0, 0), (0, -V % tile)))
-
-    def scan(arrays, interpret):
-        one_chunk = functools.partial(
-            kernels.chunk_gradients,
-            lm_head=lm_head,
-            num_columns=V,
-            options=options,
-            columns=columns,
-            tile=tile,
-            interpret=interpret,
-        )
-        return _scan(one_chunk, arrays, lm_head, columns, size)
-
-    statistics, d_hidden, d_head = jax.lax.platform_dependent(
-        (hidden, labels, weights),
-        tpu=functools.partial(scan, interpret=False),
-        default=functools.partial(scan, interpret=True),
+    one_chunk = functools.partial(
+        kernels.chunk_gradients,
+        lm_head=lm_head,
+        num_columns=V,
+        options=options,
+        columns=columns,
+        tile=tile,
+        interpret=interpret,
+    )
+    statistics, d_hidden, d_head = _scan(
+        one_chunk, (hidden, labels, weights), lm_head, columns, size
     )
     return statistics, d_hidden, d_head[:, :V]
 
@@ -279,7 +294,14 @@ def _fold(step, carry, total, size):
     return step(full * size, rest, carry) if rest else carry
 
 
-def _check_kernels_fit(hidden, options):
+def _kernel_method(hidden, options, automatic):
+    """Returns the method that has the kernels; raises if they cannot compute the call.
+
+    Args:
+        hidden, options: as of `pallas_total`.
+        automatic: bool. The kernels run on TPUs alone, and only if a check of them passes; else
+            runs `chunked`.
+    """
     if hidden.dtype != jnp.bfloat16:
         raise ValueError(f"implementation='pallas' takes bfloat16 hidden, got {hidden.dtype}")
     if options.logit_soft_cap is not None:
@@ -287,6 +309,7 @@ def _check_kernels_fit(hidden, options):
             "implementation='pallas' has no logit_soft_cap: its kernels keep no logits, got "
             f"{options.logit_soft_cap}"
         )
+    return by_best_of_tpu if automatic else by_kernels
 
 
 def _own_chunks(options):

@@ -1,6 +1,5 @@
 """Holds cuDNN's attention to the definition, on the GPU of this machine, before it is chosen."""
 
-from concurrent.futures import ThreadPoolExecutor
 import functools
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from grug_keras.ops.jax.cudnn_attention import (
     cudnn_attention,
     rooms_for_documents,
 )
+from grug_keras.ops.jax.kernel_check import find_fault, relative_error
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,26 +78,16 @@ def cudnn_agrees(query, key, mask, sinks):
 
 @functools.cache
 def _why_wrong(example):
-    # A thread has no part in what is being traced, nor in the mesh and the settings around it.
-    with ThreadPoolExecutor(1) as thread:
-        why = thread.submit(_check, example).result()
+    def measure():
+        errors = [measure_errors(example, ids) for ids in documents_of(example)]
+        return {name: max(e[name] for e in errors) for name in errors[0]}
+
+    limits = dict.fromkeys(("output", "d_query", "d_key", "d_value"), TOLERANCE)
+    why = find_fault(measure, limits | {"d_sinks": SINKS_TOLERANCE})
     if why:
         message = "attention on GPU is slow: 'cudnn' is not used for %s: it %s"
         registry.logger.warning(message, example, why)
     return why
-
-
-def _check(example):
-    """Returns what is wrong with cuDNN's results of an example, or None."""
-    try:
-        with jax.default_device(jax.local_devices()[0]), jax.default_matmul_precision("highest"):
-            errors = [measure_errors(example, ids) for ids in documents_of(example)]
-    except Exception as error:  # whatever a private function or a driver raises
-        return f"fails: {type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
-    worst = {name: max(e[name] for e in errors) for name in errors[0]}
-    allowed = {name: TOLERANCE for name in worst} | {"d_sinks": SINKS_TOLERANCE}
-    wrong = {name: f"{e:.1e}" for name, e in worst.items() if not e < allowed[name]}  # or nan
-    return f"has relative errors of {wrong}, above {TOLERANCE}" if wrong else None
 
 
 def documents_of(example):
@@ -151,9 +141,4 @@ def measure_errors(example, ids):
     run = jax.jit(run, static_argnums=0)
     got = run(cudnn_attention, arrays, d_out, ids)
     want = run(reference, wide[:-1], wide[-1], ids)
-    return dict(zip(names, map(_relative_error, got, want), strict=True))
-
-
-def _relative_error(got, want):
-    got, want = (np.asarray(x.astype(jnp.float32), "float64") for x in (got, want))
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    return dict(zip(names, map(relative_error, got, want), strict=True))

@@ -4,7 +4,8 @@
     python benchmarks/fit.py --plot picture.png one.json other.json
 
 Every row is a process of its own: it makes the model, trains one step, and waits. Then the rows
-train some steps one after the other, in turns, so that a noisy machine slows all alike. The model
+train some steps one after the other, in turns, so that a noisy machine slows all alike; two steps
+before these are not timed. The model
 is a Llama (no weights shared, no QK-norm) in float32 with AdamW; all rows have as many parameters,
 which is checked. Rows of ours run as our runs do: on Linux with `grug_keras.keep_memory()`, on
 TensorFlow with `jit_compile=True`. A row of another library that starts with `+` does so too.
@@ -34,6 +35,7 @@ SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, sequence length, 
 }
 RATE, DECAY = 1e-3, 0.01
 STEPS = {"smoke": 40, "7m": 10, "25m": 5}
+WARM_UP = 2
 # Name -> Keras backend, or the library alone, and the peer's module beside this file.
 ROWS = {
     "grug, JAX": ("jax", "grug"),
@@ -192,6 +194,7 @@ def serve(name, size):
         if line.strip() == "end":
             say({"peak_bytes": resident("VmHWM") - before, "cores": cpu / wall})
             return
+        train(*batches(WARM_UP))  # the system may have put away the pages of a row that waits
         x, y = batches(int(line))
         wall_before, cpu_before = time.perf_counter(), time.process_time()
         train(x, y)

@@ -1,8 +1,7 @@
 """`fit` beside nanoGPT, on nanoGPT's recipe for a CPU: tiny Shakespeare by characters.
 
     git clone https://github.com/karpathy/nanoGPT
-    python benchmarks/shakespeare.py --nanogpt nanoGPT [--text input.txt] [--turns 3]
-        [--plot docs/shakespeare.png] [--json out.json]
+    python benchmarks/shakespeare.py --nanogpt nanoGPT [--text input.txt] [--plot curves.png]
 
 Each row is a process of its own, one after the other, in turns; a figure is the median of the
 turns. nanoGPT runs its `train.py` as its README says for a CPU: 2,000 iterations of 12 x 64
@@ -21,8 +20,8 @@ The optimizer is the best guess's. Batch, rate and width of the MLP were chosen 
 validation text: the first command trains on 90% of the training text and scores on the rest. The
 steps were chosen on it, by the second, with seeds that the table does not have.
 
-    python benchmarks/shakespeare.py --search
-    python benchmarks/shakespeare.py --steps 200 --steps 240 --steps 280 --seed 100
+    python benchmarks/shakespeare.py --search --turns 1
+    python benchmarks/shakespeare.py --steps 200 --steps 240 --steps 280 --seed 100 --turns 1
 """
 
 import functools
@@ -63,7 +62,7 @@ SETTINGS = {
 @click.command()
 @click.option("--nanogpt", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
 @click.option("--text", type=click.Path(exists=True, path_type=pathlib.Path))
-@click.option("--turns", default=1, show_default=True)
+@click.option("--turns", default=3, show_default=True)
 @click.option("--steps", multiple=True, type=int, help=f"Of ours.  [default: {STEPS}]")
 @click.option("--seed", default=0, help="Of ours, in the first turn.")
 @click.option("--plot", type=click.Path(path_type=pathlib.Path))
@@ -72,7 +71,7 @@ SETTINGS = {
 @click.option("--worker", help="One run of ours: a JSON list of the arguments of `train`.")
 def main(nanogpt, text, turns, steps, seed, plot, out, search, worker):
     if plot and not nanogpt:
-        raise click.UsageError("--plot needs --nanogpt: it draws both")
+        raise click.UsageError(f"--plot={plot} needs --nanogpt: it draws both")
     text = text or download()
     if worker:
         print(json.dumps(train(*read(text, search), *json.loads(worker))), flush=True)
@@ -155,8 +154,8 @@ def windows(text, starts):
 def ours(text, search, row, seed):
     """`train` in a process of its own."""
     command = [sys.executable, __file__, "--text", text, "--worker", json.dumps([*row, seed])]
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
-    environment["BEGIN"] = repr(time.time())
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu",
+                   "BEGIN": repr(time.time())}  # fmt: skip
     done = subprocess.run(command + ["--search"] * search, env=environment, check=True, text=True,
                           stdout=subprocess.PIPE)  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])
@@ -191,8 +190,7 @@ def theirs(folder, seed):
 
 def their_start(folder):
     """Seconds from the start of nanoGPT to the end of its first step, with hardly an evaluation."""
-    begin = time.time()
-    log = lines(folder, max_iters=0, eval_iters=1)
+    begin, log = time.time(), lines(folder, max_iters=0, eval_iters=1)
     next(line for line in log if line.startswith("iter 0"))
     return time.time() - begin
 
@@ -214,19 +212,16 @@ def table(found):
     heads = ("", "validation loss", "training", "ms a step", "characters/s", "start", "whole")
     rows, first = [f"| {' | '.join(heads)} | parameters |", "|---" * 8 + "|"], None
     for name, runs in found.items():
-        row = {
-            key: statistics.median(run[key] for run in runs) for key in runs[0] if key != "curve"
-        }
+        keys = runs[0].keys() - {"curve"}
+        row = {key: statistics.median(run[key] for run in runs) for key in keys}
         row["whole"] = row["start"] + row["seconds"]
         first = first or row
-        training, whole = (
+        training, whole = [
             f"{row[k]:.1f} s ({row[k] / first[k]:.0%})" for k in ("seconds", "whole")
-        )
-        rows.append(
-            f"| {name} | {row['loss']:.3f} | {training} | {row['ms']:.1f} "
-            f"| {row['tokens'] / row['seconds']:,.0f} | {row['start']:.1f} s | {whole} "
-            f"| {row['parameters']:,.0f} |"
-        )
+        ]
+        cells = (f"{row['loss']:.3f}", training, f"{row['ms']:.1f}",
+                 f"{row['tokens'] / row['seconds']:,.0f}", f"{row['start']:.1f} s", whole)  # fmt: skip
+        rows.append(f"| {name} | {' | '.join(cells)} | {row['parameters']:,.0f} |")
     return "\n".join(rows)
 
 
@@ -238,17 +233,17 @@ def draw(found, path):
     axes = figure.add_subplot()
     widest = max(run["seconds"] for runs in found.values() for run in runs)
     for i, (name, runs) in enumerate(found.items()):
-        color = f"C{(7, 0, 3, 2, 4)[i % 5]}"
-        run = sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
+        color, run = (
+            f"C{(7, 0, 3, 2, 4)[i % 5]}",
+            sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2],
+        )
         x, y = zip(*run["curve"], strict=True)
         axes.plot(x, y, "o-", color=color, markersize=3.5, linewidth=1.5)
         if name == "nanoGPT":
             axes.axhline(y[-1], color=color, linestyle=":", linewidth=1)
-        # Above the end of nanoGPT's curve, below that of ours, and never out of the picture.
-        at = (0, 16) if name == "nanoGPT" else (0, -16)
-        side = "right" if x[-1] > widest / 2 else "left"
-        axes.annotate(f"{name}: {y[-1]:.2f} after {x[-1]:.0f} s", (x[-1], y[-1]), at, ha=side,
-                      textcoords="offset points", color=color)  # fmt: skip
+        axes.annotate(f"{name}: {y[-1]:.2f} after {x[-1]:.0f} s", (x[-1], y[-1]),
+                      (0, 16 if name == "nanoGPT" else -16), textcoords="offset points",
+                      ha="right" if x[-1] > widest / 2 else "left", color=color)  # fmt: skip
     axes.set(title="Tiny Shakespeare by characters on a CPU", ylim=(1.45, 2.6),
              xlabel="training time (s), without start and evaluations",
              ylabel="validation loss (nats a character)")  # fmt: skip

@@ -56,8 +56,12 @@ def test_memory_is_kept_unless_the_user_has_chosen():
 @pytest.fixture
 def no_cache():
     """JAX's settings as they are without a cache; the suite has one of its own."""
-    names = ("compilation_cache_dir", "compilation_cache_max_size",
-             "persistent_cache_min_compile_time_secs", "persistent_cache_min_entry_size_bytes")  # fmt: skip
+    names = (
+        "compilation_cache_dir",
+        "compilation_cache_max_size",
+        "persistent_cache_min_compile_time_secs",
+        "persistent_cache_min_entry_size_bytes",
+    )
     before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
     yield

@@ -70,7 +70,8 @@ def work(kind, backend, size, peer, steps):
         import grug_keras
 
         grug_keras.keep_memory()
-    options = {"jit_compile": True} if backend == "tensorflow" and peer == "grug" else {}
+    xla = backend == "tensorflow" and peer == "grug" and fit.SHAPES[size][1] <= 256
+    options = {"jit_compile": True} if xla else {}
     train, _ = getattr(peers, peer)(*fit.SHAPES[size], fit.RATE, fit.DECAY, **options)
     rng = np.random.default_rng(0)
     for _ in range(2):  # compile; fill caches
@@ -119,7 +120,7 @@ def in_trace(folder):
                 continue
             for event in line.events:
                 name = re.sub(r"[.\d]+$", "", event.name.rpartition(":")[2] or event.name)
-                if not re.search(r"Execut|Await|^end|Process|Run|_step|while|call", name):
+                if not re.search(r"Execut|Await|Block|^Start|^end|Process|Run|_step|while|call", name):
                     found[name] += event.duration_ns / 1e6
     return found
 

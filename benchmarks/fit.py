@@ -8,7 +8,8 @@ train some steps one after the other, in turns, so that a noisy machine slows al
 before these are not timed. The model
 is a Llama (no weights shared, no QK-norm) in float32 with AdamW; all rows have as many parameters,
 which is checked. Rows of ours run as our runs do: on Linux with `grug_keras.keep_memory()`, on
-TensorFlow with `jit_compile=True`. A row of another library that starts with `+` does so too.
+TensorFlow with `jit_compile=True` up to 256 wide. A row of another library that starts with `+`
+does so too.
 
 `share` is of the fastest float32 matrix product of the machine, by floating-point operations as
 `grug_keras.tpu.flops` counts them. Memory is the peak resident set above what the imports took.
@@ -109,7 +110,7 @@ def table(found):
 
 
 def draw(figures, path):
-    """Bars of tokens a second: a panel a size, ours in colour, without the rows of `+`."""
+    """Bars of tokens a second: a panel a size, ours in colour; rows that all sizes have."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,7 +119,8 @@ def draw(figures, path):
     figures = sorted(figures, key=lambda found: list(SHAPES).index(found["size"]))
     _, panels = pyplot.subplots(1, len(figures), figsize=(4.2 * len(figures), 3.6), squeeze=False)
     for panel, found in zip(panels[0], figures, strict=True):
-        rows = [(n, row) for n, row in found["rows"].items() if not n.startswith("+")][::-1]
+        common = [name for name in ROWS if all(name in found["rows"] for found in figures)]
+        rows = [(name, found["rows"][name]) for name in common[::-1]]
         speeds = [row["tokens_per_second"] for _, row in rows]
         colours = ["#d62728" if name.startswith("grug") else "#b0b0b0" for name, _ in rows]
         bars = panel.barh([name for name, _ in rows], speeds, color=colours)
@@ -177,7 +179,8 @@ def serve(name, size):
 
     keeps = name.startswith("+") or name.startswith("grug")
     backend, peer = ROWS[name.removeprefix("+")]
-    options = {"jit_compile": True} if keeps and backend == "tensorflow" else {}
+    narrow = SHAPES[size][1] <= 256
+    options = {"jit_compile": True} if keeps and narrow and backend == "tensorflow" else {}
     peers = importlib.import_module("peers")
     peers.import_libraries(peer)
     if keeps:

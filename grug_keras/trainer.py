@@ -52,7 +52,7 @@ class NextTokenModel(keras.Model):
                 `grug_keras.optimizers.role_of`. The logs then also have `gradient_norm/<group>`,
                 `parameter_norm/<group>` and `update_norm/<group>` of each step. It is not saved.
             jit_compile: bool or `"auto"`, of `keras.Model.compile`. On TensorFlow on a CPU, where
-                `"auto"` is no XLA, True is faster by a quarter or more and compiles for seconds.
+                `"auto"` is no XLA, True is faster for models up to 256 wide.
             **kwargs: `run_eagerly`, `steps_per_execution`, ...
         """
         weighted = kwargs.pop("weighted_metrics", None)

@@ -25,6 +25,7 @@ from grug_keras.training.startup import compiled_programs, process_seconds
 import keras
 
 VALIDATION_BYTES = 2**18
+NARROW = 256
 
 
 class Run:
@@ -121,11 +122,18 @@ class Run:
             optimizer,
             accumulate=self.recipe.accumulate,
             norms_by=functools.partial(role_in, optimizer) if self.options.norms else None,
-            # Keras leaves TensorFlow on CPUs without XLA: a quarter slower, or more.
-            jit_compile=True if keras.config.backend() == "tensorflow" else "auto",
+            jit_compile=self._jit_compile(),
         )
         model.optimizer.build(model.trainable_variables)
         return model
+
+    def _jit_compile(self):
+        """What `compile` gets: on TensorFlow, Keras leaves CPUs without XLA.
+
+        There it is faster for narrow models and slower for wide ones (docs/performance.md).
+        """
+        narrow = self.config.hidden_dim <= NARROW
+        return True if narrow and keras.config.backend() == "tensorflow" else "auto"
 
     def _open_folder(self):
         """Locks the run's folder; returns the first process's, which all processes see.

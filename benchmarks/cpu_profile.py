@@ -20,6 +20,8 @@ import time
 import click
 
 KERNELS = 12
+# Events that hold others or wait for them.
+WAITS = r"Execut|Await|Block|^Start|^end|Process|Run|_step|while|call"
 
 
 @click.command()
@@ -120,7 +122,7 @@ def in_trace(folder):
                 continue
             for event in line.events:
                 name = re.sub(r"[.\d]+$", "", event.name.rpartition(":")[2] or event.name)
-                if not re.search(r"Execut|Await|Block|^Start|^end|Process|Run|_step|while|call", name):
+                if not re.search(WAITS, name):
                     found[name] += event.duration_ns / 1e6
     return found
 

@@ -155,7 +155,7 @@ def test_a_loop_over_blocks_trains_as_blocks_written_out(block_class, policy, lo
     assert loops == ([loop] * len(loops) if BACKEND == "jax" else [])
     assert loops or BACKEND != "jax"
     assert any("compiled by itself" in str(w.message) for w in recwarn) == (0 in loops)
-    tolerance = 2e-5 if policy == "float32" else 1e-2
+    tolerance = 1e-4 if policy == "float32" else 1e-2  # XLA may fuse the two otherwise
     for losses, weights in others:
         np.testing.assert_allclose(losses, expected_losses, rtol=tolerance)
         for got, want in zip(weights, expected, strict=True):

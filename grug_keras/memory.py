@@ -53,11 +53,12 @@ def keep_memory():
 def _run_one_step_at_a_time():
     """On JAX, has a lone CPU device begin a step when the last has ended.
 
-    Several devices of a process would wait for one another for ever.
+    Several devices, of one process or more, would wait for one another for ever.
     """
     if keras.config.backend() == "jax":
         import jax
 
         several = "device_count" in os.environ.get("XLA_FLAGS", "")
+        several = several or int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES", 1)) > 1
         if not several and jax.config.jax_num_cpu_devices <= 1:
             jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -1,12 +1,14 @@
 """Gated attention: each head's output times a sigmoid of the token it is for.
 
 2 * sigmoid(x W), with W = 0 at the start, where it changes nothing (Qiu et al.,
-https://arxiv.org/abs/2505.06708, the gate per head).
+https://arxiv.org/abs/2505.06708, the gate per head). AdamW trains W, as it does head and embedding:
+to orthogonalise the updates of two columns makes no sense.
 
 Command: python speedruns/grugformer_gated_attention.py
 """
 
 from grug_keras import Block, CausalSelfAttention, Grugformer, distribution
+from grug_keras.speedrun import build_optimizer as best_guess_optimizer
 from grug_keras.speedrun import main
 import keras
 
@@ -41,5 +43,9 @@ def build_model(config):
     return Grugformer(config, block_class=GatedBlock)
 
 
+def build_optimizer(learning_rate):
+    return best_guess_optimizer(learning_rate, roles={r".*/gate/kernel": "other"})
+
+
 if __name__ == "__main__":
-    main(__file__, build_model, rules=RULES)
+    main(__file__, build_model, build_optimizer=build_optimizer, rules=RULES)

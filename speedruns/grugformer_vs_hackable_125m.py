@@ -51,15 +51,19 @@ class HackableBlock(layers.Layer):
         self.k_norm = norm("k_norm") if c.qk_norm else layers.Identity()
 
     def build(self, input_shape):
-        c, wide = self.config, (*input_shape[:-1], self.config.num_heads * self.config.head_dim)
-        for layer in (self.attention_norm, self.q_proj, self.k_proj, self.v_proj):
-            layer.build(input_shape)
-        for layer in (self.mlp_norm, self.gate_proj, self.up_proj):
-            layer.build(input_shape)
-        self.o_proj.build(wide)
-        self.down_proj.build((*input_shape[:-1], c.intermediate_dim))
-        self.q_norm.build((*input_shape[:-1], c.num_heads, c.head_dim))
-        self.k_norm.build((*input_shape[:-1], c.num_kv_heads, c.head_dim))
+        c, batch = self.config, input_shape[:-1]
+        self.attention_norm.build(input_shape)
+        self.mlp_norm.build(input_shape)
+        with keras.name_scope("attention"):  # where the core has them: a path seeds its values
+            for layer in (self.q_proj, self.k_proj, self.v_proj):
+                layer.build(input_shape)
+            self.q_norm.build((*batch, c.num_heads, c.head_dim))
+            self.k_norm.build((*batch, c.num_kv_heads, c.head_dim))
+            self.o_proj.build((*batch, c.num_heads * c.head_dim))
+        with keras.name_scope("mlp"):
+            self.gate_proj.build(input_shape)
+            self.up_proj.build(input_shape)
+            self.down_proj.build((*batch, c.intermediate_dim))
 
     def call(self, x, positions, mask):
         c, (B, S, _) = self.config, ops.shape(x)

@@ -5,9 +5,9 @@ import pathlib
 import shutil
 import subprocess
 
-from grug_keras.experiments import leaderboard
 from grug_keras.experiments.checkout import Checkout
 from grug_keras.training.record import seal
+from grug_keras.training.source import source_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 STARTER = (ROOT / "speedruns" / "grugformer_starter.py").read_text()
@@ -57,13 +57,15 @@ def make(root):
     git(root, "init", "-q", "-b", "main")
     (root / "docs").mkdir()
     (root / "speedruns").mkdir()
+    for package in ("grug_keras", "ops"):  # stand for the code that makes numbers
+        (root / package).mkdir()
+        (root / package / "model.py").write_text("answer = 42\n")
     (root / ".gitignore").write_text("runs/\n__pycache__/\n")
     (root / "docs" / "archive.md").write_text(ARCHIVE.format(commit="pending"))
     (root / "speedruns" / "grugformer_starter.py").write_text(STARTER)
     (root / PATH).write_text(SINKS)
     first = commit(root, "Scripts")
     (root / "docs" / "archive.md").write_text(ARCHIVE.format(commit=first[:10]))
-    leaderboard.write(Checkout(root))
     commit(root, "Filled")
     return Checkout(root)
 
@@ -83,25 +85,29 @@ def edit(checkout, old, new, path="docs/archive.md"):
 def run_record(checkout, folder="runs/one", **changes):
     """Makes the folder of a run as training leaves it."""
     run = {
-        "schema": 3,
+        "schema": 5,
         "id": pathlib.Path(folder).name,
         "experiment": "grugformer_sink",
         "status": "finished",
         "started": "2026-01-01T00:00:00+00:00",
         "command": "python elsewhere/speedruns/grugformer_sink.py --steps 3 --out there --resume "
         "--seed 1",
+        "identity": f"identity of {changes.get('seed', 1)}",
+        "source": source_of(checkout.root / PATH, checkout.root / "grug_keras"),
+        "config": {"max_seq_len": 128},
+        "curve": [[1, 5.0], [3, 4.0]],
         "commit": checkout.head(),
         "dirty": False,
         "size": "smoke",
         "seed": 1,
-        "recipe": {"steps": 3},
+        "recipe": {"steps": 3, "learning_rate": 0.02, "batch_size": 8},
         "optimizer": "Muon",
         "dtype": "float32",
         "packing": "stream",
         "data": {"name": "python_stdlib", "sha256": "d" * 64},
         "tokenizer": {"name": "bytes", "sha256": None},
         "backend": "jax",
-        "device": {"kind": "cpu", "count": 1, "cpu_cores": 2},
+        "device": {"kind": "cpu", "count": 1, "cpu_cores": 2, "processor": "x"},
         "mesh": None,
         "versions": {"keras": "3"},
         "parameters": 10,

@@ -3,7 +3,6 @@
 import json
 import re
 
-from grug_keras.experiments import leaderboard
 from grug_keras.experiments.archive import Archive
 from grug_keras.experiments.archive_check import check
 from grug_keras.experiments.checkout import Checkout
@@ -12,6 +11,8 @@ from grug_keras.experiments.record import fill, record
 from grug_keras.experiments.reproduce import reproduce, verdict
 from grug_keras.experiments.results_file import ResultsFile, portable_command
 from grug_keras.experiments.retire import delete, supersede
+from grug_keras.experiments.stale import stale
+from grug_keras.training.source import source_of
 import pytest
 import scratch
 from scratch import PATH, ROOT, SINKS, STARTER, commit, edit, git, run_record
@@ -58,7 +59,6 @@ def test_an_archive_that_agrees_has_no_problem_and_its_template_is_no_entry(temp
         ("- Status: active", "- Status: superseded", 10, "Last known-good is missing, and Status"),
         ("- Introduced: ", "- Introduced: pending\n- Issue: ", 13, "pending, but .*archive fill"),
         ("- Introduced: ", "- Introduced: TBD\n- Issue: ", 13, "Introduced is 'TBD': write a com"),
-        ("- Introduced: ", "- Introduced: 1234567\n- Issue: ", 13, "1234567 is not a commit of"),
         (
             "- Status: ",
             "- Last known-good: {head}\n- Status: ",
@@ -85,16 +85,63 @@ def test_a_wrong_entry_is_named_by_line_with_a_remedy(checkout, old, new, line, 
 
 def test_commits_must_be_of_this_history_and_hold_the_path(checkout):
     first = Archive(checkout).entries["grugformer-sink"].fields["Introduced"]
-    git(checkout.root, "checkout", "-q", "-b", "aside")
-    (checkout.root / "note").write_text("aside")
-    aside = commit(checkout.root)
-    git(checkout.root, "checkout", "-q", "main")
-    edit(checkout, f"Introduced: {first}", f"Introduced: {aside}")
-    assert "is not an ancestor of HEAD" in problems(checkout)[0]
     (checkout.root / "speedruns" / "grugformer_late.py").write_text(SINKS)
-    edit(checkout, f"Introduced: {aside}", f"Introduced: {first}")
     edit(checkout, PATH, "speedruns/grugformer_late.py")
     assert any("does not have speedruns/grugformer_late.py" in p for p in problems(checkout))
+    edit(checkout, f"Introduced: {first}", "Introduced: 1234567")
+    assert any("1234567 is not a commit of this clone" in p for p in problems(checkout))
+
+
+def test_a_branch_that_is_squashed_or_rebased_stays_true(checkout):
+    """Its commits are gone, and what they said is still so."""
+    root = checkout.root
+    git(root, "checkout", "-q", "-b", "idea")
+    name, path = new_experiment(checkout, "idea", "mlp", "An idea.")
+    commit(root, "Try it")
+    fill(checkout)
+    gone = Archive(checkout).entries[name].fields["Introduced"]
+    measured = commit(root, "Archive")
+    source = source_of(root / path, root / "grug_keras")
+    record(checkout, run_record(checkout, experiment="grugformer_idea", source=source))
+    commit(root, "Measured")
+    git(root, "checkout", "-q", "main")
+    git(root, "merge", "-q", "--squash", "idea")
+    squashed = commit(root, "An idea, squashed")
+    git(root, "branch", "-q", "-D", "idea")
+    assert problems(checkout) == []
+    assert not checkout.is_ancestor(gone)
+    found = ResultsFile(root, name).own_groups()[-1]
+    assert found["commit"] == measured
+    assert checkout.commit_of(found["source"], path, found["commit"]) == squashed
+
+
+def test_an_edited_script_does_not_keep_its_result(checkout):
+    record(checkout, run_record(checkout))
+    commit(checkout.root, "Measured")
+    edit(checkout, "A head that has nothing", "A head without anything", PATH)
+    assert problems(checkout) == [], "a docstring makes no number"
+    edit(checkout, 'initializer="zeros"', 'initializer="ones"', PATH)
+    (problem,) = problems(checkout)
+    assert f"{PATH} has changed since Result was measured: measure and record it again" in problem
+
+
+def test_results_of_another_core_are_listed_with_what_changed(checkout):
+    record(checkout, run_record(checkout))
+    commit(checkout.root, "Measured")
+    assert stale(checkout) == []
+    (checkout.root / "docs" / "new.md").write_text("more")
+    edit(checkout, "answer = 42", "answer = 42  # why", "grug_keras/model.py")
+    assert stale(checkout) == [], "a comment makes no number"
+    edit(checkout, "answer = 42", "answer = 43", "grug_keras/model.py")
+    (checkout.root / "grug_keras" / "new.py").write_text("x = 1\n")
+    edit(checkout, "answer = 42", "answer = 43", "ops/model.py")
+    (line,) = stale(checkout)
+    assert re.match(
+        r"grugformer-sink: measured at \w{10}; since then core changed \(model.py\); ops changed "
+        r"\(model.py\)",
+        line,
+    )
+    assert problems(checkout) == [], "its numbers are true, of an earlier core"
 
 
 def test_pending_is_allowed_while_the_path_is_new_and_no_longer(checkout):
@@ -131,26 +178,23 @@ def test_every_script_has_one_entry(checkout):
 
 
 def test_results_are_recorded_quoted_and_sealed(checkout):
-    assert record(checkout, run_record(checkout)) == ["grugformer-sink"]
+    assert record(checkout, run_record(checkout)) == "grugformer-sink"
     record(checkout, run_record(checkout, "runs/two", seed=2, bits_per_byte=3.2))
     record(checkout, run_record(checkout, "runs/again"))  # a seed counts once
-    leaderboard.write(checkout)
     assert problems(checkout) == []
     entry = Archive(checkout).entries["grugformer-sink"]
-    assert entry.fields["Result"].startswith("3.100 ± 0.141 bits per byte (2 seeds), 3 steps of")
+    assert entry.fields["Result"].startswith("3.1000 ± 0.1414 bits per byte (2 seeds), 3 steps of")
     file = checkout.root / "docs" / "results" / "grugformer-sink.json"
-    kept = json.loads(file.read_text())["runs"][0]
+    kept = json.loads(file.read_text())["groups"][0]
     assert kept["command"] == f"python {PATH} --steps 3 --seed 1"
     text = file.read_text()
     file.write_text(text.replace("3.2", "2.2"))
     assert "was edited: it no longer says what was measured" in problems(checkout)[0]
     file.write_text(text)
-    edit(checkout, "3.100 ±", "2.100 ±")
+    edit(checkout, "3.1000 ±", "2.1000 ±")
     sentence = "Result differs from docs/results/grugformer-sink.json: write"
     assert sentence in problems(checkout)[0]
-    edit(checkout, "2.100 ±", "3.100 ±")
-    edit(checkout, "| 3.100 ± 0.141 | 2 |", "| 2.100 ± 0.141 | 2 |", leaderboard.PAGE)
-    assert "it differs from the committed results: run `grug leaderboard`" in problems(checkout)[0]
+    edit(checkout, "2.1000 ±", "3.1000 ±")
     file.rename(file.with_name("stray.json"))
     assert any("stray.json belongs to no entry" in p for p in problems(checkout))
 
@@ -159,9 +203,8 @@ def test_results_are_recorded_quoted_and_sealed(checkout):
     ("changes", "message"),
     [
         ({"status": "interrupted"}, "is interrupted: --resume it"),
-        ({"dirty": True}, "ran with uncommitted changes: commit them, run it again"),
-        ({"commit": None}, "ran with uncommitted changes"),
-        ({"commit": "0" * 40}, "ran at commit 0000000000, which is not an ancestor"),
+        ({"source": {"core": "other"}}, "made by code that no commit has, with uncommitted"),
+        ({"identity": ""}, "was continued with other code: run it again"),
         ({"experiment": "grugformer_gone"}, "has no entry 'speedruns/grugformer_gone.py'"),
     ],
 )
@@ -190,7 +233,6 @@ def test_an_experiment_is_superseded_then_deleted_with_a_trail(checkout):
     entry = Archive(checkout).entries["grugformer-sink"]
     assert entry.fields["Superseded by"] == checkout.short("HEAD")
     assert entry.fields["Last known-good"] == measured[:10], "what its numbers are of"
-    leaderboard.write(checkout)
     assert problems(checkout) == []
     commit(checkout.root)
     delete(checkout, PATH, why="The core\nhas it.")
@@ -198,7 +240,6 @@ def test_an_experiment_is_superseded_then_deleted_with_a_trail(checkout):
     assert entry.status == "deleted"
     assert entry.fields["Notes"] == "The core has it."
     assert not (checkout.root / PATH).exists()
-    leaderboard.write(checkout)
     assert problems(checkout) == []
     with pytest.raises(ValueError, match="grugformer-sink is deleted already"):
         supersede(checkout, "grugformer-sink", "HEAD")
@@ -238,7 +279,6 @@ def test_a_circle_of_replacements_is_refused_when_it_is_made(checkout):
 
 
 def test_a_commit_that_this_clone_has_not_is_named(checkout, tmp_path):
-    record(checkout, run_record(checkout))
     edit(checkout, "- Status: active", "- Last known-good: 1234567\n- Status: superseded")
     with pytest.raises(ValueError, match="commit 1234567 of grugformer-sink is not in this clone"):
         reproduce(checkout, "grugformer-sink")
@@ -256,34 +296,6 @@ def test_outside_of_a_checkout_it_says_so(tmp_path):
         Checkout.find(tmp_path)
 
 
-def test_a_board_ranks_no_missing_number_and_mixes_no_two_texts(checkout):
-    results = ResultsFile(checkout.root, "grugformer-sink")
-    base = json.loads((run_record(checkout) / "results.json").read_text())
-    runs = [
-        {"bits_per_byte": 3.0},
-        {"bits_per_byte": 2.0, "steps": 9, "mfu": 0.5},
-        {"bits_per_byte": None, "steps": 7},
-        {"bits_per_byte": float("nan"), "steps": 8},
-        {"bits_per_byte": 1.0, "data": {"name": "other", "sha256": "e" * 64}},
-        {"bits_per_byte": 1.5, "tokenizer": {"name": "bpe", "sha256": "f" * 64}},
-    ]
-    for number, changes in enumerate(runs):
-        results.add_run({**base, "id": str(number), **changes}, PATH)
-    results.save()
-    tables = leaderboard.tables(checkout)
-    assert len(tables) == 3, "one for each pair of text and tokenizer"
-    table = next(
-        t for (text, tokens), t in tables.items() if "d" * 12 in text and tokens == "bytes"
-    )
-    ranks = [(row["rank"], row["bits"]) for row in table]
-    assert ranks == [(1, 2.0), (2, 3.0), (None, None), (None, None)]
-    page = leaderboard.page(checkout)
-    assert "| 1 | grugformer-sink | attention | 2.000 | 1 | smoke | 9 |" in page
-    assert "| - | grugformer-sink | attention | - | 1 | smoke | 7 |" in page
-    assert [p.name for p in leaderboard.write(checkout)] == ["leaderboard.md", "leaderboard.png"]
-    assert (checkout.root / leaderboard.PICTURE).read_bytes().startswith(b"\x89PNG")
-
-
 def test_commands_are_kept_without_where_they_put_things():
     command = "python a/b.py --out runs --steps 3 --resume --seed=1 --out=x --resume r --batch 2"
     assert portable_command(command, "s/b.py") == "python s/b.py --steps 3 --seed=1 --batch 2"
@@ -291,7 +303,7 @@ def test_commands_are_kept_without_where_they_put_things():
 
 def test_a_reproduced_number_says_what_differs():
     known = {"bits_per_byte": 2.0, "data": {"sha256": "a"}, "tokenizer": {"sha256": None}}
-    known |= {"steps": 3, "device": {}, "versions": {}, "commit": "x"}
+    known |= {"steps": 3, "device": {}, "versions": {}, "source": "x"}
     assert verdict(known, known) == "2.0000 bits per byte, recorded 2.0000: the same to the bit"
     other = {**known, "bits_per_byte": 2.1, "data": {"sha256": "b"}, "steps": 4}
     assert verdict(other, known).endswith(

@@ -8,7 +8,7 @@ import click
 from grug_cli.archive import archive
 from grug_cli.check import check
 from grug_cli.compile import compile_step
-from grug_cli.experiments import compare, diff, leaderboard, new, reproduce
+from grug_cli.experiments import compare, diff, leaderboard, new, reproduce, sweep
 from grug_cli.plot import plot
 from grug_cli.tokenize import tokenize
 
@@ -35,6 +35,7 @@ for command in (
     new,
     diff,
     compare,
+    sweep,
     reproduce,
     archive,
     leaderboard,

@@ -32,13 +32,39 @@ def record_folder(folder):
 
     Copies its numbers from FOLDER into docs/results and the archive.
     """
-    from grug_keras.experiments.leaderboard import write
     from grug_keras.experiments.record import record
 
-    checkout = find_checkout()
-    for name in record(checkout, folder):
-        click.echo(f"docs/results/{name}.json")
-    write(checkout)
+    click.echo(f"docs/results/{record(find_checkout(), folder)}.json")
+
+
+@archive.command("stale")
+def stale_results():
+    """List the results of other code.
+
+    Names what changed since, in the parts that make numbers.
+    """
+    from grug_keras.experiments.stale import stale
+
+    lines = stale(find_checkout())
+    for line in lines:
+        click.echo(line)
+    if not lines:
+        click.echo("every result is of today's code")
+
+
+@archive.command("merge")
+@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False))
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Where it goes.")
+def merge_comparisons(folders, out):
+    """Join comparisons with other seeds.
+
+    FOLDERS are of `grug compare` with one plan, from several machines.
+    """
+    from grug_keras.experiments.comparison_summary import as_text
+    from grug_keras.experiments.merge import merge
+
+    click.echo(as_text(merge(list(folders), out)))
+    click.echo(f"picture and numbers: {out}")
 
 
 @archive.command("fill")
@@ -63,12 +89,9 @@ def supersede_experiment(experiment, by):
 
     The script of EXPERIMENT stays until it is deleted.
     """
-    from grug_keras.experiments.leaderboard import write
     from grug_keras.experiments.retire import supersede
 
-    checkout = find_checkout()
-    supersede(checkout, experiment, by)
-    write(checkout)
+    supersede(find_checkout(), experiment, by)
 
 
 @archive.command("delete")
@@ -80,9 +103,6 @@ def delete_experiment(experiment, by, why):
 
     Entry and results of EXPERIMENT stay, and `grug reproduce` runs it again.
     """
-    from grug_keras.experiments.leaderboard import write
     from grug_keras.experiments.retire import delete
 
-    checkout = find_checkout()
-    delete(checkout, experiment, by, why)
-    write(checkout)
+    delete(find_checkout(), experiment, by, why)

@@ -3,13 +3,13 @@
 import re
 from typing import NamedTuple
 
-from grug_keras.experiments import leaderboard
 from grug_keras.experiments.archive import BUCKETS, PENDING, REQUIRED, STATUSES, Archive
 from grug_keras.experiments.buckets import changes
 from grug_keras.experiments.checkout import ARCHIVE
 from grug_keras.experiments.results_file import RESULTS, ResultsFile
 from grug_keras.experiments.script import STARTER, load_speedrun, source_problems
 from grug_keras.training.model_config import size_config
+from grug_keras.training.source import code_hash
 
 _SHA = re.compile(r"[0-9a-f]{7,40}")
 
@@ -56,7 +56,6 @@ def check(checkout):
             problems += _check_results(checkout, entry)
             problems += _check_script(checkout, entry)
     problems += _check_all_scripts(checkout, archive)
-    problems += _check_leaderboard(checkout)
     problems += _check_all_results(checkout, archive)
     return sorted(problems)
 
@@ -99,7 +98,10 @@ def _check_commits(checkout, entry):
     introduced, good = (entry.fields.get(name) for name in ("Introduced", "Last known-good"))
     if introduced == PENDING:
         yield from _check_pending(checkout, entry)
-    elif introduced is not None:
+    elif introduced is not None and not (
+        # On a branch that was squashed or rebased the commit had another name.
+        _SHA.fullmatch(introduced) and checkout.introduced(entry.path)
+    ):
         yield from _check_sha(checkout, entry, "Introduced", introduced)
     if entry.status == "active" and good is not None:
         sentence = "an active experiment works at HEAD: remove Last known-good"
@@ -178,11 +180,7 @@ def _check_results(checkout, entry):
     except (ValueError, KeyError) as error:
         yield _problem(entry, "Result", f"{error}")
         return
-    for run in results.runs:
-        problem = _run_problem(checkout, entry, run)
-        if problem:
-            sentence = f"run {run['id']} in {RESULTS}/{entry.id}.json {problem}"
-            yield _problem(entry, "Result", sentence)
+    yield from _check_same_script(checkout, entry, results)
     lines = {"Result": results.result_line(), "Verdict": results.verdict_line()}
     for field, measured in lines.items():
         written = entry.fields.get(field)
@@ -194,15 +192,22 @@ def _check_results(checkout, entry):
             yield _problem(entry, field, f"{sentence}comparison, or write {PENDING}")
 
 
-def _run_problem(checkout, entry, run):
-    commit = run["commit"]
-    if run["dirty"] or not commit:
-        return "ran with uncommitted changes: run it again, from a clean tree"
-    if not (checkout.has_commit(commit) and checkout.is_ancestor(commit)):
-        return f"ran at {commit[:10]}, which is not an ancestor of HEAD: run it again"
-    if not checkout.contains(commit, entry.path):
-        return f"ran at {commit[:10]}, which does not have {entry.path}"
-    return None
+def _check_same_script(checkout, entry, results):
+    """Refuses numbers of another version of the script; that the core moves on, `stale` tells."""
+    script = checkout.root / entry.path
+    groups = results.own_groups()
+    if not script.is_file() or not groups or source_problems(script):
+        return
+    newest = {"Result": groups[-1]}
+    if results.comparisons:
+        newest["Verdict"] = results.comparisons[-1]["b"]
+    for field, found in newest.items():
+        if found["source"]["script"] != code_hash(script):
+            sentence = (
+                f"{entry.path} has changed since {field} was measured: measure and record it "
+            )
+            sentence += f"again, or remove {RESULTS}/{entry.id}.json and its Result"
+            yield _problem(entry, field, sentence)
 
 
 def _check_script(checkout, entry):
@@ -242,18 +247,6 @@ def _check_all_scripts(checkout, archive):
         for entry in current[1:]:
             sentence = f"{path} is the path of {current[0].id} too: one entry for each script"
             yield _problem(entry, "Path", sentence)
-
-
-def _check_leaderboard(checkout):
-    try:
-        written = (checkout.root / leaderboard.PAGE).read_text(encoding="utf-8")
-        if written != leaderboard.page(checkout):
-            sentence = "it differs from the committed results: run `grug leaderboard`"
-            yield Problem(0, leaderboard.PAGE, sentence)
-    except FileNotFoundError:
-        yield Problem(0, leaderboard.PAGE, "it is missing: run `grug leaderboard`")
-    except (ValueError, KeyError):
-        pass  # a results file that cannot be read is reported with its entry
 
 
 def _check_all_results(checkout, archive):

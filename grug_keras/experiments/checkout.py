@@ -1,12 +1,18 @@
 """The git checkout that holds the experiments."""
 
 import contextlib
+import io
+import itertools
 import pathlib
 import shutil
 import subprocess
+import tarfile
 import tempfile
 
+from grug_keras.training.source import source_of
+
 ARCHIVE = "docs/archive.md"
+_MOST_COMMITS = 100  # of those that touch the code: a search takes half a second each
 
 
 class Checkout:
@@ -101,6 +107,45 @@ class Checkout:
         """Returns the short SHA of the latest commit that added a path, or None."""
         sha = self.git("log", "-1", "--diff-filter=A", "--format=%H", "--", path)
         return self.short(sha) if sha else None
+
+    def commit_of(self, source, path, hint=None):
+        """Finds a commit of HEAD's history whose code is that of a run.
+
+        By content: a run on a branch that was squashed belongs to the commit that it became.
+
+        Args:
+            source: dict, of `source_of`.
+            path: str, the script.
+            hint: str or None, a commit to try first.
+
+        Returns:
+            str, full SHA, or None.
+        """
+        tried = set()
+        log = ["log", f"-{_MOST_COMMITS}", "--format=%H", "--", "grug_keras", "ops", path]
+        candidates = [hint] if hint and self.has_commit(hint) and self.is_ancestor(hint) else []
+        for commit in itertools.chain(candidates, ["HEAD"], self.git(*log).split()):
+            named = [f"{commit}:{name}" for name in ("grug_keras", "ops", path)]
+            if not all(self.contains(*name.split(":")) for name in named):
+                continue
+            key = self.git("rev-parse", *named)
+            if key not in tried and self.source(commit, path) == source:
+                return self.git("rev-parse", commit)
+            tried.add(key)
+        return None
+
+    def source(self, commit, path):
+        """Returns `source_of` a script and the package of a commit."""
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [p for p in ("grug_keras", "ops", path) if self.contains(commit, p)]
+            tree = subprocess.run(
+                ["git", "-C", str(self.root), "archive", commit, "--", *paths],
+                capture_output=True,
+                check=True,
+            ).stdout
+            with tarfile.open(fileobj=io.BytesIO(tree)) as files:
+                files.extractall(folder, filter="data")
+            return source_of(pathlib.Path(folder, path), pathlib.Path(folder, "grug_keras"))
 
     def is_shallow(self):
         """Whether this is a shallow clone, which lacks a part of the history."""

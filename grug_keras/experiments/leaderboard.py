@@ -1,83 +1,182 @@
 """Builds the leaderboard, a page and a picture, from the committed results."""
 
 import math
+import pathlib
 import statistics
 
 from grug_keras.data.files import write_atomically
 from grug_keras.experiments.archive import Archive
-from grug_keras.experiments.results_file import RESULTS, ResultsFile, mean_and_deviation
+from grug_keras.experiments.results_file import (
+    RESULTS,
+    ResultsFile,
+    get_field,
+    scores_in_words,
+    settings_key,
+    verdict_in_words,
+)
 
 PAGE, PICTURE = "docs/leaderboard.md", "docs/leaderboard.png"
 _HEAD = f"""# Leaderboard
 
-Made by `grug leaderboard` from `{RESULTS}/`, never by hand. Runs are compared only where they
-were given the same text and the same tokenizer; each such group has a table. Bits per byte are of
-the validation slice, mean ± standard deviation over n seeds. FLOPs are those of the whole
-training, by the convention in the results. Times are of the machine that the row names.
+Made by `grug leaderboard` from `{RESULTS}/`, never by hand, and no part of recording a result: make
+it again on the main branch. A table holds one budget: the same text, tokenizer, number of tokens
+and length. Bits per byte are of the validation slice, mean ± standard deviation over n seeds; rows
+whose 95% intervals overlap share a rank, and one seed has none. Whether an experiment beats its
+baseline is said by the paired comparison that its verdict links to: it sees far smaller effects.
 """
 
 
 def tables(checkout):
-    """Collects the recorded runs in one table for each pair of text and tokenizer.
+    """Collects the recorded runs in one table for each budget.
 
     Args:
         checkout: `Checkout`.
 
     Returns:
-        dict of `(text, tokenizer)` -> list of rows, the best first. A row is a dict; a number
-        that is unknown is None, and a row without bits per byte has no rank and comes last.
+        dict of title -> list of rows, the best first. A row is a dict; a number that is unknown
+        is None.
     """
-    found, names = {}, {}
-    for entry in Archive(checkout).entries.values():
-        for runs in ResultsFile(checkout.root, entry.id).groups():
-            data, tokenizer = runs[-1]["data"], runs[-1]["tokenizer"]
-            # By content, not by name: a trained BPE is named after the file it was saved to.
-            key = (data["sha256"], tokenizer["sha256"] or tokenizer["name"])
-            hashes = [sha[:12] for sha in (data["sha256"], tokenizer["sha256"] or "")]
-            names[key] = (f"{data['name']} {hashes[0]}", f"{tokenizer['name']} {hashes[1]}".strip())
-            found.setdefault(key, []).append(_row(entry, runs))
-    found = {names[key]: table for key, table in found.items()}
+    found, titles = {}, {}
+    for name, groups in _groups(checkout).items():
+        for one in groups.values():
+            tokenizer = one["tokenizer"]["sha256"] or one["tokenizer"]["name"]
+            key = (one["data"]["sha256"], tokenizer, one["tokens"], one["seq_len"])
+            titles[key] = _title(one)
+            found.setdefault(key, []).append(_row(checkout, name, one))
     for table in found.values():
         table.sort(key=lambda row: (row["bits"] is None, row["bits"] or 0, row["experiment"]))
-        for rank, row in enumerate((r for r in table if r["bits"] is not None), 1):
-            row["rank"] = rank
-    return dict(sorted(found.items()))
+        _rank(table)
+    return {titles[key]: found[key] for key in sorted(found, key=lambda k: (titles[k], k))}
 
 
-def _row(entry, runs):
+def _groups(checkout):
+    """Returns, by experiment, the groups of its own file and those that served as a baseline."""
+    found = {}
+    for entry in Archive(checkout).entries.values():
+        results = ResultsFile(checkout.root, entry.id)
+        own = [(entry.id, one) for one in results.own_groups()]
+        baselines = [(c["a"]["id"], c["a"]) for c in results.comparisons]
+        for name, one in own + baselines:
+            groups = found.setdefault(name, {})
+            before = groups.setdefault(settings_key(one), {**one, "runs": []})
+            seeds = {run["seed"] for run in before["runs"]}
+            before["runs"] += [run for run in one["runs"] if run["seed"] not in seeds]
+    return found
+
+
+def _title(one):
+    hashes = [sha[:12] for sha in (one["data"]["sha256"], one["tokenizer"]["sha256"] or "")]
+    tokenizer = f"{one['tokenizer']['name']} {hashes[1]}".strip()
+    return (
+        f"{one['data']['name']} {hashes[0]}, tokens of {tokenizer}: {one['tokens'] / 1e6:.3g}M "
+        f"tokens, length {one['seq_len']}"
+    )
+
+
+def _row(checkout, name, one):
     """Returns the row of runs that differ only in their seed, as a dict."""
 
-    def mean(name):
-        values = [run[name] for run in runs]
+    def mean(field):
+        values = [run[field] for run in one["runs"]]
         known = all(value is not None and math.isfinite(value) for value in values)
         return statistics.mean(values) if known else None
 
-    last = runs[-1]
-    device, flops = last["device"], last["flops_per_token"]
+    entry = Archive(checkout).entries.get(name)
+    device, flops = one["device"], one["flops_per_token"]
     cores = f", {device['cpu_cores']} cores" if device["kind"] == "cpu" else ""
-    bits = [run["bits_per_byte"] for run in runs]
-    known = mean("bits_per_byte") is not None
+    scores = [run["bits_per_byte"] for run in one["runs"] if run["bits_per_byte"] is not None]
     return {
         "rank": None,
-        "experiment": entry.id,
-        "bucket": entry.fields.get("Bucket"),
-        "status": entry.status,
-        "bits": mean("bits_per_byte"),
-        "bits_in_words": mean_and_deviation(bits) if known else None,
-        "deviation": statistics.stdev(bits) if len(bits) > 1 and known else None,
-        "n": len(runs),
-        "size": last["size"],
-        "steps": last["steps"],
-        "tokens": last["tokens"],
-        "flops": flops and last["tokens"] and flops * last["tokens"],
+        "experiment": name,
+        "bucket": entry.fields.get("Bucket") if entry else None,
+        "status": entry.status if entry else "unknown",
+        "bits": statistics.mean(scores) if scores else None,
+        "bits_in_words": scores_in_words(one["runs"]),
+        "half_interval": _half_interval(scores),
+        "n": len(one["runs"]),
+        "verdict": _verdict(checkout, name, one),
+        "size": one["size"],
+        "rate": get_field(one, "recipe.learning_rate"),
+        "batch": get_field(one, "recipe.batch_size"),
+        "steps": one["steps"],
+        "flops": flops and one["tokens"] and flops * one["tokens"],
         "seconds": mean("seconds"),
         "tokens_per_second": mean("tokens_per_second"),
-        "mfu": mean("mfu"),
         "hardware": f"{device['count']} x {device['kind']}{cores}",
-        "backend": last["backend"],
-        "commit": last["commit"][:10],
-        "date": last["started"][:10],
+        "backend": one["backend"],
+        "commit": (one["commit"] or "")[:10],
+        "date": max(run["started"] for run in one["runs"])[:10],
+        "curve": one["curve"],
     }
+
+
+def _half_interval(scores):
+    """Returns half the width of the 95% interval of the mean, or None of fewer than two scores."""
+    if len(scores) < 2:
+        return None
+    import scipy.stats
+
+    reach = scipy.stats.t.ppf(0.975, len(scores) - 1)
+    return float(reach * statistics.stdev(scores) / math.sqrt(len(scores)))
+
+
+def _verdict(checkout, name, one):
+    """Returns the newest verdict on exactly these runs, with a link, or None."""
+    file = ResultsFile(checkout.root, name)
+    for comparison in reversed(file.comparisons):
+        if settings_key(comparison["b"]) == settings_key(one):
+            words = verdict_in_words(comparison["bits_per_byte"])
+            return f"[{words}]({pathlib.Path(RESULTS).name}/{name}.json)"
+    return None
+
+
+def _rank(table):
+    """Gives each row the rank of the first row above whose interval overlaps with its own."""
+    leader = None
+    for place, row in enumerate(table, 1):
+        if row["half_interval"] is None:
+            continue
+        low = row["bits"] - row["half_interval"]
+        if leader is None or low > leader["bits"] + leader["half_interval"]:
+            leader = {**row, "rank": place}
+        row["rank"] = leader["rank"]
+
+
+def verdicts(checkout):
+    """Collects the newest verdict of each experiment and budget.
+
+    Returns:
+        list of dict of `experiment`, `against`, `steps`, `words`, `difference`, `p` and
+        `p_adjusted` (Benjamini-Hochberg, over those that have a p), in order of p.
+    """
+    found = []
+    for entry in Archive(checkout).entries.values():
+        newest = {}
+        for comparison in ResultsFile(checkout.root, entry.id).comparisons:
+            newest[comparison["b"]["steps"], comparison["a"]["id"]] = comparison
+        for (steps, against), comparison in newest.items():
+            bits = comparison["bits_per_byte"]
+            found.append(
+                {
+                    "experiment": entry.id,
+                    "against": against,
+                    "steps": steps,
+                    "words": verdict_in_words(bits),
+                    "verdict": bits["verdict"],
+                    "share": bits["difference"] and bits["difference"] / bits["mean"],
+                    "detectable": bits["detectable"] and bits["detectable"] / bits["mean"],
+                    "n": bits["n"],
+                    "p": bits["p_t"],
+                }
+            )
+    known = sorted((row for row in found if row["p"] is not None), key=lambda row: row["p"])
+    if known:
+        import scipy.stats
+
+        adjusted = scipy.stats.false_discovery_control([row["p"] for row in known])
+        for row, p in zip(known, adjusted, strict=True):
+            row["p_adjusted"] = float(p)
+    return known + [{**row, "p_adjusted": None} for row in found if row["p"] is None]
 
 
 def page(checkout):
@@ -86,12 +185,43 @@ def page(checkout):
     if not found:
         parts.append("Nothing is recorded yet: `grug archive record` a run.\n")
     else:
-        parts.append("![Loss against FLOPs, with the Pareto front](leaderboard.png)\n")
-    for (data, tokenizer), rows in found.items():
-        parts.append(f"## {data}, tokens of {tokenizer}\n\n" + _table_as_markdown(rows))
+        parts.append("![Scores by budget, and losses on the way](leaderboard.png)\n")
+    judged = verdicts(checkout)
+    if judged:
+        parts.append(_verdicts_as_markdown(judged))
+    for title, rows in found.items():
+        parts.append(f"## {title}\n\n" + _table_as_markdown(_COLUMNS, rows))
     return "\n".join(parts)
 
 
+def _verdicts_as_markdown(judged):
+    shown = [row for row in judged if row["verdict"] in ("better", "worse")]
+    stand = [row for row in shown if (row["p_adjusted"] or 1) < 0.05]
+    tested = sum(row["p"] is not None for row in judged)
+    text = (
+        f"## Verdicts\n\n{len(judged)} comparisons, {len(shown)} of them better or worse. If none "
+        f"changed anything, {0.05 * tested:.2g} of {tested} would be called so by chance; "
+        f"{len(stand)} stand at a false discovery rate of 5% (Benjamini-Hochberg, the last column)."
+        "\n\n"
+    )
+    return text + _table_as_markdown(_VERDICT_COLUMNS, judged)
+
+
+def _percent(value):
+    return None if value is None else f"{value:+.2%}"
+
+
+_VERDICT_COLUMNS = {
+    "experiment": lambda r: r["experiment"],
+    "against": lambda r: r["against"],
+    "steps": lambda r: f"{r['steps']:,}",
+    "verdict": lambda r: r["words"],
+    "difference": lambda r: _percent(r["share"]),
+    "80% power for": lambda r: r["detectable"] and f"{r['detectable']:.2%}",
+    "pairs": lambda r: r["n"],
+    "p": lambda r: r["p"] and f"{r['p']:.2g}",
+    "p, adjusted": lambda r: r["p_adjusted"] and f"{r['p_adjusted']:.2g}",
+}
 _COLUMNS = {
     "#": lambda r: r["rank"],
     "experiment": lambda r: (
@@ -100,41 +230,26 @@ _COLUMNS = {
     "bucket": lambda r: r["bucket"],
     "bits per byte": lambda r: r["bits_in_words"],
     "n": lambda r: r["n"],
+    "verdict": lambda r: r["verdict"],
     "size": lambda r: r["size"],
+    "rate": lambda r: f"{r['rate']:g}",
+    "batch": lambda r: r["batch"],
     "steps": lambda r: r["steps"] and f"{r['steps']:,}",
-    "tokens": lambda r: r["tokens"] and f"{r['tokens'] / 1e6:.3g}M",
     "FLOPs": lambda r: r["flops"] and f"{r['flops']:.3g}",
     "seconds": lambda r: r["seconds"] and f"{r['seconds']:.0f}",
     "tokens/s": lambda r: r["tokens_per_second"] and f"{r['tokens_per_second']:,.0f}",
-    "MFU": lambda r: r["mfu"] and f"{r['mfu']:.1%}",
     "hardware": lambda r: f"{r['hardware']}, {r['backend']}",
     "commit": lambda r: r["commit"],
     "date": lambda r: r["date"],
 }
 
 
-def _table_as_markdown(rows):
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+def _table_as_markdown(columns, rows):
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = (cell(row) for cell in _COLUMNS.values())
+        cells = (cell(row) for cell in columns.values())
         lines.append("| " + " | ".join("-" if c is None else str(c) for c in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def pareto(points):
-    """Finds the points that no other point beats in both cost and score; lower is better.
-
-    Args:
-        points: list of `(cost, score)`.
-
-    Returns:
-        list of those points, sorted by cost.
-    """
-    front = []
-    for cost, score in sorted(set(points)):
-        if not front or score < front[-1][1]:
-            front.append((cost, score))
-    return front
 
 
 def write(checkout):
@@ -155,42 +270,49 @@ def write(checkout):
 
 
 def _draw(found, path):
+    """Draws for each budget the scores, a line each with its name, and the losses on the way."""
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(11, 4.6 * len(found)), layout="constrained")
-    panels = figure.subplots(len(found), 2, squeeze=False, sharey="row")
-    for (by_flops, by_seconds), ((data, tokenizer), rows) in zip(
-        panels, found.items(), strict=True
-    ):
-        _draw_panel(by_flops, rows, "flops")
-        _draw_panel(by_seconds, rows, "seconds")
-        by_flops.set_xlabel("FLOPs of the training")
-        by_seconds.set_xlabel("training seconds")
-        by_flops.set_ylabel("bits per byte (validation)")
-        by_flops.set_title(f"{data}, tokens of {tokenizer}", fontsize=9)
-        by_seconds.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+    heights = [1.4 + 0.32 * max(6, len(rows)) for rows in found.values()]
+    figure = matplotlib.figure.Figure(figsize=(12, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(found), 2, squeeze=False, height_ratios=heights)
+    for (scores, losses), (title, rows) in zip(panels, found.items(), strict=True):
+        _draw_scores(scores, [row for row in rows if row["bits"] is not None])
+        _draw_losses(losses, rows)
+        scores.set_title(title, fontsize=9, loc="left")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
 
 
-def _draw_panel(axes, rows, cost):
-    import matplotlib.ticker
+def _draw_scores(axes, rows):
+    places = range(len(rows))
+    axes.errorbar(
+        [row["bits"] for row in rows],
+        places,
+        xerr=[row["half_interval"] or 0 for row in rows],
+        fmt="o",
+        capsize=3,
+    )
+    axes.set_yticks(places, labels=[_label(row) for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("bits per byte (validation), with the 95% interval of the mean", fontsize=8)
+    axes.grid(alpha=0.3, axis="x")
 
-    rows = [row for row in rows if row["bits"] is not None and row[cost]]
-    style = {"fmt": "o", "markersize": 5, "capsize": 2}
-    for row in rows:
-        axes.errorbar(row[cost], row["bits"], yerr=row["deviation"], label=_label(row), **style)
-    front = pareto([(row[cost], row["bits"]) for row in rows])
-    style = {"color": "0.4", "linewidth": 1, "linestyle": "--", "zorder": 0}
-    axes.plot(*zip(*front, strict=True), label="Pareto front", **style)
-    costs = [row[cost] for row in rows]
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes.set_xlim(min(costs) / 1.5, max(costs) * 1.5)  # wide, so that near-equal costs look so
+
+def _draw_losses(axes, rows):
+    late = []
+    for row in rows[:8]:  # more lines than colours tell nothing
+        if row["curve"]:
+            steps, loss = zip(*row["curve"], strict=True)
+            axes.plot(steps, loss, linewidth=1.2, label=row["experiment"])
+            late += loss[len(loss) // 10 :]
+    if late:
+        axes.set_ylim(min(late) - 0.05 * (max(late) - min(late)), max(late))
+        axes.legend(fontsize=7)
+    axes.set_xlabel("step", fontsize=8)
+    axes.set_ylabel("training loss (nats per token)", fontsize=8)
     axes.grid(alpha=0.3)
 
 
 def _label(row):
-    what = f"{row['experiment']}, {row['size']}, {row['steps']:,} steps"
-    return f"{row['rank']}. {what} (n = {row['n']})"
+    rank = "" if row["rank"] is None else f"{row['rank']}. "
+    return f"{rank}{row['experiment']}, {row['steps']:,} steps at {row['rate']:g} (n = {row['n']})"

@@ -4,20 +4,24 @@ import pathlib
 
 from grug_keras.experiments.archive import PENDING, Archive
 from grug_keras.experiments.results_file import ResultsFile, read_sealed
+from grug_keras.training.record import is_sealed
 
 
 def record(checkout, folder):
-    """Adds a run, or a comparison and its runs, to the committed results and the archive.
+    """Adds a run or a comparison to the committed results and the archive.
+
+    A comparison touches the results and the entry of B alone: two branches that compare two
+    experiments with one baseline do not conflict.
 
     Args:
         checkout: `Checkout`.
         folder: path of a run, or of a comparison by `grug compare`.
 
     Returns:
-        list of the ids whose entries were changed.
+        str, the id whose entry was changed.
 
     Raises:
-        ValueError: if a run is not finished, does not belong to a commit, or was edited.
+        ValueError: if a run is not finished, is of no commit's code, or was edited.
     """
     folder, archive = pathlib.Path(folder), Archive(checkout)
     if (folder / "comparison.json").is_file():
@@ -26,11 +30,15 @@ def record(checkout, folder):
         raise ValueError(f"{folder} holds no run and no comparison")
     run = read_sealed(folder / "results.json")
     entry = archive.find(f"speedruns/{run['experiment']}.py")
-    _check_run(checkout, entry, run)
+    if run["status"] != "finished" or run["bits_per_byte"] is None:
+        raise ValueError(f"run {run['id']} is {run['status']}: --resume it, then record it")
+    if not run["identity"]:
+        raise ValueError(f"run {run['id']} was continued with other code: run it again")
+    run["commit"] = _commit(checkout, entry, run["source"], run["commit"], folder)
     results = ResultsFile(checkout.root, entry.id)
     results.add_run(run, entry.path)
     _save(archive, entry, results)
-    return [entry.id]
+    return entry.id
 
 
 def _record_comparison(checkout, archive, folder):
@@ -38,43 +46,34 @@ def _record_comparison(checkout, archive, folder):
     entries = {side: archive.find(comparison[side]["path"]) for side in "ab"}
     if entries["a"].id == entries["b"].id:
         raise ValueError(f"{folder} compares {entries['a'].id} with itself: nothing to record")
-    if not entries["b"].buckets:
+    if not entries["b"].buckets and entries["a"].buckets:
         raise ValueError(
             f"{folder} has the baseline, {entries['b'].id}, as B, and the verdict is about B: "
             "compare the other way round"
         )
-    results = {}
+    for run in (run for pair in comparison.pop("pairs") for run in pair):
+        if not is_sealed(run):
+            raise ValueError(f"{folder / 'comparison.json'} holds a run that was edited")
     for side, entry in entries.items():
-        results[side] = ResultsFile(checkout.root, entry.id)
-        for run_id in comparison[side]["runs"]:
-            run = read_sealed(folder / side / run_id / "results.json")
-            _check_run(checkout, entry, run)
-            results[side].add_run(run, entry.path)
-    for side, entry in entries.items():
-        comparison[side] = {**comparison[side], "id": entry.id}
-    del comparison["sha256"]  # the seal of the results file covers it
-    results["b"].add_comparison(comparison)
-    for side, entry in entries.items():
-        _save(archive, entry, results[side])
-    return [entry.id for entry in entries.values()]
+        found = comparison[side]
+        commit = _commit(checkout, entry, found["source"], found["commit"], folder)
+        comparison[side] = {**found, "id": entry.id, "commit": commit}
+    del comparison["sha256"], comparison["plan"]  # the seal of the results file covers it
+    results = ResultsFile(checkout.root, entries["b"].id)
+    results.add_comparison(comparison)
+    _save(archive, entries["b"], results)
+    return entries["b"].id
 
 
-def _check_run(checkout, entry, run):
-    if run["status"] != "finished" or run["bits_per_byte"] is None:
-        raise ValueError(f"run {run['id']} is {run['status']}: --resume it, then record it")
-    if run["dirty"] or not run["commit"]:
+def _commit(checkout, entry, source, hint, folder):
+    """Returns the commit whose code runs are of, or refuses them."""
+    commit = checkout.commit_of(source, entry.path, hint)
+    if commit is None:
         raise ValueError(
-            f"run {run['id']} ran with uncommitted changes: commit them, run it again, and record "
-            "that run"
+            f"{folder} was made by code that no commit has, with uncommitted changes: commit "
+            f"{entry.path} and the core as they ran, or run it again"
         )
-    commit = run["commit"]
-    if not (checkout.has_commit(commit) and checkout.is_ancestor(commit)):
-        raise ValueError(
-            f"run {run['id']} ran at commit {commit[:10]}, which is not an ancestor of HEAD: run "
-            "it again"
-        )
-    if not checkout.contains(commit, entry.path):
-        raise ValueError(f"commit {commit[:10]} of run {run['id']} has no {entry.path}")
+    return commit
 
 
 def _save(archive, entry, results):

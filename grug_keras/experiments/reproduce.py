@@ -34,8 +34,8 @@ def reproduce(checkout, name, out="runs", options=()):
     entry = Archive(checkout).find(name)
     if entry.path is None:
         raise ValueError(f"{entry.id} has no Path: correct the entry")
-    runs = ResultsFile(checkout.root, entry.id).runs
-    known = runs[-1] if runs else None
+    groups = ResultsFile(checkout.root, entry.id).own_groups()
+    known = {**groups[-1], **groups[-1]["runs"][0]} if groups else None
     commit = _commit_to_run(checkout, entry, known)
     arguments = [*(shlex.split(known["command"])[2:] if known else []), *options]
     out = new_run_folder(pathlib.Path(out).resolve(), f"reproduce-{entry.id}")
@@ -55,7 +55,10 @@ def reproduce(checkout, name, out="runs", options=()):
 
 
 def _commit_to_run(checkout, entry, known):
-    commit = entry.fields.get("Last known-good") or (known["commit"] if known else "HEAD")
+    commit = entry.fields.get("Last known-good")
+    if known and not (commit and checkout.has_commit(commit)):
+        commit = checkout.commit_of(known["source"], entry.path, known["commit"]) or known["commit"]
+    commit = commit or "HEAD"
     if not checkout.has_commit(commit):
         raise ValueError(
             f"commit {commit[:10]} of {entry.id} is not in this clone: run `git fetch "
@@ -91,7 +94,7 @@ def verdict(record, known):
             ("the number of steps", "steps"),
             ("the device", "device"),
             ("a library's version", "versions"),
-            ("the commit", "commit"),
+            ("the code", "source"),
         )
         if get_field(record, field) != get_field(known, field)
     ]

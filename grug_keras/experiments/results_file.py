@@ -1,6 +1,6 @@
 """The committed results of an experiment, `docs/results/<id>.json`.
 
-The archive and the leaderboard quote them.
+The archive and the leaderboard quote them. Runs that differ only in their seed are a group.
 """
 
 import json
@@ -11,15 +11,12 @@ from grug_keras.data.files import write_json
 from grug_keras.training.record import is_sealed, seal
 
 RESULTS = "docs/results"
-# The fields of a run's own record that are kept.
-_KEPT = (
-    "id",
-    "started",
-    "command",
+SCHEMA = 2
+# What the runs of a group share, and what is kept of it.
+_SHARED = (
+    "source",
     "commit",
-    "dirty",
     "size",
-    "seed",
     "recipe",
     "optimizer",
     "dtype",
@@ -36,18 +33,27 @@ _KEPT = (
     "mfu_convention",
     "steps",
     "tokens",
+)
+# What is kept of each run.
+_OF_A_RUN = (
+    "id",
+    "identity",
+    "seed",
+    "status",
+    "started",
+    "bits_per_byte",
+    "loss",
+    "train_loss",
     "seconds",
     "compile_seconds",
     "ms_per_step",
     "tokens_per_second",
     "mfu",
     "peak_memory_bytes",
-    "train_loss",
-    "loss",
-    "bits_per_byte",
 )
-# Runs that agree in these are seeds of one result.
+# Groups that agree in these are one: the commit is not among them, nor a name of data.
 _SETTINGS = (
+    "source",
     "size",
     "recipe",
     "optimizer",
@@ -55,12 +61,11 @@ _SETTINGS = (
     "packing",
     "backend",
     "mesh",
-    "commit",
-    "parameters",
-    "flops_per_token",
+    "versions",
+    "device",
+    "seq_len",
     "steps",
     "tokens",
-    "device",
     "data.sha256",
     "tokenizer.sha256",
 )
@@ -75,34 +80,39 @@ class ResultsFile:
 
     Attributes:
         path: `pathlib.Path` of the file, which need not exist yet.
-        runs: list of records, oldest first.
-        comparisons: list of results of `compare` with this experiment as B, oldest first.
+        groups: list of groups of single runs, see `group`; the one with the newest run is last.
+        comparisons: list of results of `compare` with this experiment as B, oldest first. Their
+            sides `a` and `b` are groups too.
 
     Raises:
-        ValueError: if the file was edited by hand.
+        ValueError: if the file was edited by hand, or is of an earlier version.
     """
 
     def __init__(self, root, experiment):
         self.experiment, self.path = experiment, root / RESULTS / f"{experiment}.json"
-        self.runs, self.comparisons = [], []
+        self.groups, self.comparisons = [], []
         if self.path.is_file():
             record = read_sealed(self.path)
-            self.runs, self.comparisons = record["runs"], record["comparisons"]
+            if record.get("schema") != SCHEMA:
+                raise ValueError(
+                    f"{self.path} is of an earlier version, which did not say what code its "
+                    "numbers are of: remove it, and measure again"
+                )
+            self.groups, self.comparisons = record["groups"], record["comparisons"]
 
     def add_run(self, record, path):
         """Adds a run. It replaces a run of the same seed and settings.
-
-        So each seed counts once, also where several comparisons ran the same starter again.
 
         Args:
             record: dict, `results.json` of a run.
             path: str, the script, relative to the checkout.
         """
-        kept = {name: record[name] for name in _KEPT}
-        kept["command"] = portable_command(record["command"], path)
-        same = (settings_key(kept), kept["seed"])
-        others = [run for run in self.runs if (settings_key(run), run["seed"]) != same]
-        self.runs = [run for run in others if run["id"] != kept["id"]] + [kept]
+        new = group([record], path)
+        key = settings_key(new)
+        same = [g for g in self.groups if settings_key(g) == key]
+        rows = [row for g in same for row in g["runs"] if row["seed"] != record["seed"]]
+        new["runs"] = sorted([*rows, *new["runs"]], key=lambda row: row["seed"])
+        self.groups = [g for g in self.groups if settings_key(g) != key] + [new]
 
     def add_comparison(self, comparison):
         """Adds the result of a comparison. It replaces one of the same id."""
@@ -112,60 +122,94 @@ class ResultsFile:
     def save(self):
         """Writes the file, sealed."""
         record = {
-            "schema": 1,
+            "schema": SCHEMA,
             "experiment": self.experiment,
-            "runs": self.runs,
+            "groups": self.groups,
             "comparisons": self.comparisons,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, seal(record))
 
-    def groups(self):
-        """Groups the runs that differ only in their seed.
-
-        Returns:
-            list of lists of records; the group with the newest run is last.
-        """
-        found = {}
-        for run in self.runs:
-            key = settings_key(run)
-            found[key] = [*found.pop(key, []), run]
-        return list(found.values())
+    def own_groups(self):
+        """Returns the groups of this experiment, those of its comparisons too, newest last."""
+        found = [*self.groups, *(comparison["b"] for comparison in self.comparisons)]
+        return sorted(found, key=lambda g: max(run["started"] for run in g["runs"]))
 
     def result_line(self):
         """Returns the Result of the archive entry, or None without runs."""
-        if not self.runs:
+        groups = self.own_groups()
+        if not groups:
             return None
-        runs = self.groups()[-1]
-        bits = mean_and_deviation([run["bits_per_byte"] for run in runs])
-        run = runs[-1]
-        seeds = f"{len(runs)} seed" + ("s" if len(runs) > 1 else "")
+        newest = groups[-1]
+        seeds = f"{len(newest['runs'])} seed" + ("s" if len(newest["runs"]) > 1 else "")
         return (
-            f"{bits} bits per byte ({seeds}), {run['steps']:,} steps of {run['size']} "
-            f"({run['tokens'] / 1e6:.3g}M tokens of {run['data']['name']}), {run['backend']}"
+            f"{scores_in_words(newest['runs'])} bits per byte ({seeds}), {newest['steps']:,} steps "
+            f"of {newest['size']} at rate {newest['recipe']['learning_rate']:g} "
+            f"({newest['tokens'] / 1e6:.3g}M tokens of {newest['data']['name']}), "
+            f"{newest['backend']}"
         )
 
     def verdict_line(self):
-        """Returns the Verdict of the archive entry, or None without comparisons."""
-        if not self.comparisons:
-            return None
-        comparison = self.comparisons[-1]
-        found = comparison["bits_per_byte"]
-        text = f"{found['verdict']}: {found['difference']:+.4f} bits per byte against "
-        text += comparison["a"]["id"]
-        if found["low"] is not None:
-            text += f" ({found['confidence']:.0%} {found['low']:+.4f} to {found['high']:+.4f}, "
-            text += f"p = {found['p_t']:.2g}, {found['n']} seeds)"
-        return (
-            f"{text} at equal {comparison['match']}; "
-            f"{ratio_in_words(comparison['time_ratio'])} its time, "
-            f"{ratio_in_words(comparison['flops_ratio'])} its FLOPs"
-        )
+        """Returns the Verdict of the archive entry, or None without comparisons.
+
+        It holds the newest comparison of each number of steps, the shortest first.
+        """
+        newest = {c["b"]["steps"]: c for c in self.comparisons}
+        return " / ".join(_verdict_line(newest[steps]) for steps in sorted(newest)) or None
 
 
-def settings_key(run):
-    """Returns a str that is equal for two runs if they differ only in their seed."""
-    return json.dumps({name: get_field(run, name) for name in _SETTINGS}, sort_keys=True)
+def _verdict_line(comparison):
+    found, a, b = comparison["bits_per_byte"], comparison["a"], comparison["b"]
+    text = f"{verdict_in_words(found)} after {b['steps']:,} steps"
+    if found["difference"] is not None:
+        text += f": {found['difference']:+.4f} bits per byte against {a['id']}"
+    if found["low"] is not None:
+        text += f" ({found['confidence']:.0%} {found['low']:+.4f} to {found['high']:+.4f}, "
+        text += f"p = {found['p_t']:.2g}, {found['n']} seeds, 80% power for "
+        text += f"{found['detectable']:.4f})"
+    rates = [side["recipe"]["learning_rate"] for side in (b, a)]
+    tuned = "each at its best rate" if comparison["tuning"] else "at rates"
+    costs = [ratio_in_words(comparison[name]) for name in ("time_ratio", "flops_ratio")]
+    return (
+        f"{text} at equal {comparison['match']}, {tuned} ({rates[0]:g} for {rates[1]:g}); "
+        f"{costs[0]} its time, {costs[1]} its FLOPs"
+    )
+
+
+def group(records, path):
+    """Keeps what is needed of the records of runs that differ only in their seed.
+
+    Args:
+        records: list of dict, `results.json` of each run.
+        path: str, the script, relative to the checkout.
+
+    Returns:
+        dict of what the runs share, with `path`, `command` (of the first run), `seq_len`, `curve`
+        (mean training loss by step) and `runs`, a dict each.
+    """
+    # One that diverged has not done all of its steps.
+    first = next((r for r in records if r["status"] == "finished"), records[0])
+    return {
+        "path": path,
+        "command": portable_command(first["command"], path),
+        **{name: first[name] for name in _SHARED},
+        "seq_len": first["config"]["max_seq_len"],
+        "curve": _mean_curve([record["curve"] for record in records]),
+        "runs": [{name: record[name] for name in _OF_A_RUN} for record in records],
+    }
+
+
+def _mean_curve(curves):
+    """Returns `[step, loss]` points, the mean over curves of one length; those of others are left
+    out, as of runs that diverged."""
+    most = max(map(len, curves))
+    rows = zip(*(curve for curve in curves if len(curve) == most), strict=True)
+    return [[row[0][0], round(statistics.fmean(loss for _, loss in row), 4)] for row in rows]
+
+
+def settings_key(found):
+    """Returns a str that is equal for two groups if their runs differ only in their seeds."""
+    return json.dumps({name: get_field(found, name) for name in _SETTINGS}, sort_keys=True)
 
 
 def get_field(record, name):
@@ -180,10 +224,31 @@ def ratio_in_words(ratio):
     return "an unknown number of times" if ratio is None else f"{ratio:.2f} times"
 
 
+def verdict_in_words(found):
+    """Formats a verdict of `statistics.paired_test`; small but shown is said so."""
+    verdict = found["verdict"]
+    if verdict in ("equivalent", "better", "worse") and found["margin"] and found["p_equivalent"]:
+        within = found["p_equivalent"] < 1 - found["confidence"]
+        share = found["margin"] / found["mean"]
+        if verdict == "equivalent":
+            return f"equivalent within {share:.2%}"
+        if within:
+            return f"{verdict}, by less than {share:.2%}"
+    return verdict
+
+
+def scores_in_words(runs):
+    """Formats mean and standard deviation of the scores of runs, and how many diverged."""
+    scores = [run["bits_per_byte"] for run in runs if run["bits_per_byte"] is not None]
+    diverged = len(runs) - len(scores)
+    text = mean_and_deviation(scores) if scores else "no"
+    return f"{text} ({diverged} of {len(runs)} diverged)" if diverged else text
+
+
 def mean_and_deviation(values):
     """Formats the mean of scores and, if there are several, their standard deviation."""
-    mean = f"{statistics.mean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
 def read_sealed(path):

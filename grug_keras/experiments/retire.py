@@ -77,8 +77,13 @@ def _find(checkout, archive, name, statuses):
 
 def _last_known_good(checkout, entry):
     # The core may have changed since the newest run: the commit of that run fits its numbers.
-    runs = ResultsFile(checkout.root, entry.id).runs
-    return checkout.short(runs[-1]["commit"] if runs else "HEAD")
+    groups = ResultsFile(checkout.root, entry.id).own_groups()
+    if not groups:
+        return checkout.short("HEAD")
+    newest = groups[-1]
+    return checkout.short(
+        checkout.commit_of(newest["source"], entry.path, newest["commit"]) or "HEAD"
+    )
 
 
 def _introduced(checkout, entry):

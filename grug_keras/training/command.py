@@ -17,7 +17,7 @@ from grug_keras.best_guess import RECIPES, Recipe, build_optimizer
 from grug_keras.data.quiet import quiet
 from grug_keras.memory import keep_memory
 from grug_keras.training.compile_cache import keep_compiled
-from grug_keras.training.options import RunOptions, command_line
+from grug_keras.training.options import chosen, command_line
 from grug_keras.training.run import Run
 from grug_keras.training.startup import compiled_programs
 import keras
@@ -48,19 +48,15 @@ def main(script, build_model, *, recipes=RECIPES, build_optimizer=build_optimize
         """Trains this speedrun; leaves results, curve, picture and checkpoints in OUT."""
         restart_with(values["backend"])
         _set_up_process()
-        changes = {
-            f.name: values.pop(f.name) for f in dataclasses.fields(Recipe) if f.name in values
-        }
-        changes = {name: value for name, value in changes.items() if value is not None}
         with contextlib.ExitStack() as stack:
             try:
                 _check_given(script, given)
-                options = _on_the_mesh(RunOptions(**values), rules, stack)
+                recipe, options = chosen(values, recipes)
+                options = _on_the_mesh(options, rules, stack)
                 keras.config.set_dtype_policy(options.dtype_policy)
                 if distribution.process()[0] == 0:
                     announce_backend()
                 _log_to_stderr()
-                recipe = dataclasses.replace(recipes[options.size], **changes)
                 run = Run(script, recipe, options)
             except (ValueError, OSError, RuntimeError) as error:
                 error = click.ClickException(str(error))

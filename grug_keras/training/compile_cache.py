@@ -1,9 +1,9 @@
 """What XLA has compiled, kept on disk for the next run: JAX's persistent compilation cache."""
 
-import hashlib
 import os
 import pathlib
-import platform
+
+from grug_keras.training.processor import processor
 
 MOST_BYTES = 4 * 2**30
 FEWEST_SECONDS = 0  # a run compiles a hundred small programs, seconds in all
@@ -44,15 +44,4 @@ def keep_compiled():
 def cache_folder():
     """Returns the path of this machine's folder in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()
-    return pathlib.Path(base) / "grug_keras" / "compiled" / _processor()
-
-
-def _processor():
-    """Returns a short name of the kind of processor: its architecture and instructions."""
-    text = platform.machine() + platform.processor()
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    text += "".join(sorted({line for line in lines if line.startswith(("flags", "Features"))}))
-    return f"{platform.machine()}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return pathlib.Path(base) / "grug_keras" / "compiled" / processor()

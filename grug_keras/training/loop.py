@@ -17,6 +17,8 @@ from grug_keras.training.profile import Profile
 from grug_keras.training.record import RunRecord
 import keras
 
+_SECONDS_BETWEEN_CHECKPOINTS = 600  # of a run that leaves its results alone
+
 
 @dataclasses.dataclass
 class TrainingLoop:
@@ -52,6 +54,7 @@ class TrainingLoop:
 
     def run(self):
         """Trains; afterwards the record's status is "trained", "interrupted" or "diverged"."""
+        self._saved = time.monotonic()
         try:
             self._fit()
             if self.record.status == "running":
@@ -80,9 +83,16 @@ class TrainingLoop:
                     self.record.status = "diverged"
                     break
                 if stop.interrupted or self.meter.steps_done == halt:
-                    self._halt()
+                    self._halt(stop.interrupted or self._saves())
 
-    def _halt(self):
+    def _saves(self):
+        """Whether this halt needs a checkpoint."""
+        if not self.options.results_only:
+            return True
+        done = self.meter.steps_done == self.steps
+        return not done and time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS
+
+    def _halt(self, saves):
         """Evaluates if it is time, and saves even if the evaluation fails."""
         step, loss = self.meter.steps_done, None
         try:
@@ -90,8 +100,10 @@ class TrainingLoop:
                 loss = self._evaluate(step)
         finally:
             begin = time.perf_counter()
-            if self.meter.flush():  # a run continued from the checkpoint needs the rows
+            # A run that is continued from the checkpoint needs the rows.
+            if self.meter.flush() and saves:
                 self.checkpoints.save(self.model, step, self._notes(), loss)
+                self._saved = time.monotonic()
             self.record.checkpoint_seconds += round(time.perf_counter() - begin, 3)
             if loss is not None:
                 now = dataclasses.replace(self.record, **self.meter.figures())
@@ -129,6 +141,8 @@ class TrainingLoop:
         if is_done and self.record.loss is None:  # a run that was continued only for this
             self._evaluate(self.steps)
         self.record.status = "trained" if is_done else "interrupted"
+        if self.options.results_only:
+            return
         with on_this_host(self.model) as whole_model:
             if process()[0] == 0:
                 write_atomically(self.folder.model, whole_model.save)

@@ -41,6 +41,8 @@ class RunOptions:
             one in `out` of this script, size and seed, or a new one.
         profile: int, steps that are traced after the first ones, into the run's folder `trace`.
         norms: bool, whether the norms of gradients, parameters and updates are logged by role.
+        results_only: bool, whether record and curve are all that the run leaves: no sample, picture
+            or model, and a checkpoint only each ten minutes, until the end.
         log: names of `sinks.SINKS`, where the metrics go besides the run folder.
     """
 
@@ -108,6 +110,9 @@ class RunOptions:
     norms: bool = _option(
         False, "Log the norms of gradients, parameters and updates by role.", is_flag=True
     )
+    results_only: bool = _option(
+        False, "Leave record and curve alone: no sample, picture or model.", is_flag=True
+    )
     log: tuple = _option(
         (), "Where metrics go as well.", multiple=True, type=click.Choice(list(SINKS))
     )
@@ -125,6 +130,48 @@ class RunOptions:
     def evaluates_at(self, step, steps):
         """Whether a run of `steps` evaluates the model after `step` steps."""
         return step == steps or bool(self.evaluate_every and step % self.evaluate_every == 0)
+
+
+def chosen(values, recipes):
+    """Turns the values of a command line into what a run is made with.
+
+    Args:
+        values: dict of option name -> value.
+        recipes: dict of size -> `Recipe`.
+
+    Returns:
+        Pair of the `Recipe` of the size, with what the command line changes, and `RunOptions`.
+
+    Raises:
+        ValueError: names the option and the value.
+    """
+    names = {field.name for field in dataclasses.fields(RunOptions)}
+    options = RunOptions(**{name: value for name, value in values.items() if name in names})
+    changes = {n: v for n, v in values.items() if n not in names and v is not None}
+    return dataclasses.replace(recipes[options.size], **changes), options
+
+
+def read_arguments(arguments, recipes):
+    """Reads the command line of a script without running it.
+
+    Args:
+        arguments: list of str.
+        recipes: dict of size -> `Recipe`, of the script.
+
+    Returns:
+        As `chosen`.
+
+    Raises:
+        ValueError: for what the script would refuse, in its words.
+    """
+    from grug_keras.best_guess import Recipe
+
+    command = click.command("it")(command_line(Recipe, list(recipes))(lambda **values: values))
+    try:
+        values = command.make_context("it", list(arguments)).params
+    except click.ClickException as error:
+        raise ValueError(error.format_message()) from None
+    return chosen(values, recipes)
 
 
 def command_line(recipe_class, sizes):
@@ -152,7 +199,7 @@ def command_line(recipe_class, sizes):
                 click.option(
                     flag,
                     field.name,
-                    type=_at_least(1),
+                    type=_at_least(1) if field.metadata["type"] is int else float,
                     help=field.metadata["help"],
                     show_default="the recipe's",
                 )

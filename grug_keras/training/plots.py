@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import statistics
 
 from grug_keras.data.files import write_atomically
 
@@ -24,6 +25,27 @@ def read_curve(path):
     if not rows or not {"step", "tokens", "seconds", "loss"} <= rows[0].keys():
         raise ValueError(f"{path} holds no loss curve")
     return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
+
+
+def thin_curve(path, points=50):
+    """Thins a curve out, for a record.
+
+    Args:
+        path: the CSV file.
+        points: int, the most that are left.
+
+    Returns:
+        list of `[step, loss]`, the loss as the mean over the steps since the point before; empty
+        if there is no curve.
+    """
+    try:
+        curve = read_curve(path)
+    except (OSError, ValueError):
+        return []
+    size = -(-len(curve["loss"]) // points)
+    starts = range(0, len(curve["loss"]), size)
+    parts = ((curve["step"][i : i + size], curve["loss"][i : i + size]) for i in starts)
+    return [[int(steps[-1]), round(statistics.fmean(losses), 5)] for steps, losses in parts]
 
 
 def plot_curve(csv_path, png_path, *, title, validation=None):
@@ -90,42 +112,44 @@ def plot_runs(folders, path):
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
-def plot_comparison(result, curves, path):
+def plot_comparison(result, records, path):
     """Draws the scores of every seed, pair by pair, and the losses on the way.
 
     Args:
         result: dict, of `experiments.compare`.
-        curves: pair of lists of curves, of A and of B.
+        records: list of pairs of records, of A and of B.
         path: where the picture goes.
     """
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
     pairs, losses = figure.subplots(1, 2, width_ratios=(1, 2))
-    sides = [result[side] for side in "ab"]
-    for scores in zip(*(side["bits_per_byte"] for side in sides), strict=True):
-        pairs.plot((0, 1), scores, color="0.6", linewidth=1, zorder=1)
-    for place, (side, color) in enumerate(zip(sides, ("tab:blue", "tab:orange"), strict=True)):
-        scores = side["bits_per_byte"]
-        pairs.scatter([place] * len(scores), scores, color=color, zorder=2)
-        where = "seconds" if result["match"] == "seconds" else "step"
-        for number, curve in enumerate(curves[place]):
-            label = f"{'AB'[place]}: {side['id']}" if number == 0 else None
-            smoothed = smooth(curve["loss"])
-            losses.plot(curve[where], smoothed, color=color, linewidth=0.9, label=label)
+    for both in records:
+        scores = [record["bits_per_byte"] for record in both]
+        if None not in scores:
+            pairs.plot((0, 1), scores, color="0.6", linewidth=1, zorder=1)
+    by_time = result["match"] == "seconds"
+    for place, color in enumerate(("tab:blue", "tab:orange")):
+        for number, record in enumerate(both[place] for both in records):
+            if record["bits_per_byte"] is not None:
+                pairs.scatter(place, record["bits_per_byte"], color=color, zorder=2)
+            label = f"{'AB'[place]}: {result['ab'[place]]['id']}" if number == 0 else None
+            steps, loss = zip(*record["curve"], strict=True)
+            x = [step * (record["ms_per_step"] or 0) / 1e3 for step in steps] if by_time else steps
+            losses.plot(x, loss, color=color, linewidth=0.9, label=label)
     pairs.set_xticks((0, 1), labels=("A", "B"))
     pairs.set_xlim(-0.3, 1.3)
     pairs.set_ylabel("bits per byte (validation)")
     pairs.grid(alpha=0.3, axis="y")
-    pairs.set_title(f"B - A: {result['bits_per_byte']['difference']:+.4f}", fontsize=10)
-    losses.set_xlabel("training seconds" if where == "seconds" else "step")
+    bits = result["bits_per_byte"]
+    if bits["difference"] is not None:
+        pairs.set_title(f"B - A: {bits['difference']:+.4f}", fontsize=10)
+    losses.set_xlabel("training seconds" if by_time else "step")
     late = [y for line in losses.lines for y in line.get_ydata()[len(line.get_ydata()) // 20 :]]
     losses.set_ylim(min(late) - 0.02 * (max(late) - min(late)), max(late))
-    losses.set_title(
-        f"{result['bits_per_byte']['verdict']}, at equal {result['match']}", fontsize=10
-    )
+    losses.set_title(f"{bits['verdict']}, at equal {result['match']}", fontsize=10)
     _label_losses(losses)
-    losses.set_ylabel("training loss, smoothed (nats per token)")
+    losses.set_ylabel("training loss (nats per token)")
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 

@@ -1,13 +1,17 @@
 """What a result came from: the commit, the versions of the libraries, the device."""
 
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
 import subprocess
 
+from grug_keras.training.processor import processor
+from grug_keras.training.source import source_of
 import keras
 
+SNAPSHOT = "snapshot.json"
 _PACKAGES = (
     "keras",
     "jax",
@@ -21,46 +25,37 @@ _PACKAGES = (
 )
 
 
-def git_state(folder):
-    """Returns the commit that a run of a script in `folder` belongs to.
+def git_state(script):
+    """Returns the commit that a run of a script belongs to.
+
+    Args:
+        script: path. In a snapshot (`experiments/snapshot.py`) it has what the snapshot is of.
 
     Returns:
-        `(commit, dirty)` of the checkout, or `(None, None)`. It is dirty if files other than
-        documents differ from the commit, or if the imported package differs from the checkout's.
+        `(commit, dirty)` of the checkout, or `(None, None)` outside of one. It is dirty if the
+        script, `grug_keras` or `ops` differ from the commit, or if what is imported differs from
+        them; other files make no numbers.
     """
+    script = pathlib.Path(script).resolve()
+    marker = script.parent.parent / SNAPSHOT
+    if marker.is_file():
+        said = json.loads(marker.read_text(encoding="utf-8"))
+        return said["commit"], said["dirty"]
 
     def git(*arguments):
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "-C", str(script.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         commit, top = git("rev-parse", "HEAD"), pathlib.Path(git("rev-parse", "--show-toplevel"))
-        # The first line loses the blank that it may start with.
-        paths = [line.split(maxsplit=1)[1] for line in git("status", "--porcelain").splitlines()]
+        paths = [path for path in (top / "grug_keras", top / "ops", script) if path.exists()]
+        changed = git("status", "--porcelain", "--untracked-files=all", "--", *map(str, paths))
     except (OSError, subprocess.CalledProcessError):
         return None, None
-    changed = [path for path in paths if not path.strip('"').startswith("docs/")]
-    return commit, bool(changed) or not _is_imported(top)
-
-
-def _is_imported(top):
-    """Whether the imported package equals that of a checkout, file by file."""
-    from grug_keras import ops
-
-    package = pathlib.Path(__file__).parent.parent
-    for theirs, ours in (
-        (top / "grug_keras", package),
-        (top / "ops", pathlib.Path(ops.__path__[0])),
-    ):
-        for path in theirs.rglob("*.py") if theirs.resolve() != ours.resolve() else ():
-            name = path.relative_to(theirs)
-            here = ours / name
-            if name.parts[0] == "cli":  # it is installed as another package, and runs nothing
-                continue
-            if not here.is_file() or here.read_bytes() != path.read_bytes():
-                return False
-    return True
+    package = pathlib.Path(__file__).resolve().parent.parent
+    theirs = (top / "grug_keras").resolve()
+    imported = package == theirs or source_of(script) == source_of(script, theirs)
+    return commit, bool(changed) or not imported
 
 
 def versions():
@@ -75,7 +70,11 @@ def versions():
 
 
 def device():
-    """Returns kind and number of the devices that Keras computes on."""
+    """Returns kind and number of the devices that Keras computes on, and of the CPU's cores.
+
+    A CPU has its instructions in its kind, and the cores that this process may use: both move the
+    last digits of a sum.
+    """
     backend = keras.config.backend()
     if backend == "jax":
         import jax
@@ -90,4 +89,16 @@ def device():
 
         kinds = [d.name for d in tf.config.list_physical_devices("GPU")]
     kinds = kinds or ["cpu"]
-    return {"kind": kinds[0], "count": len(kinds), "cpu_cores": os.cpu_count()}
+    return {
+        "kind": kinds[0],
+        "count": len(kinds),
+        "cpu_cores": cores(),
+        "processor": processor(),
+    }
+
+
+def cores():
+    """Returns the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()

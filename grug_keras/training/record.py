@@ -11,7 +11,9 @@ import sys
 from grug_keras import distribution
 from grug_keras.data.files import write_json
 from grug_keras.tpu.flops import MFU_CONVENTION, flops_per_token
+from grug_keras.training.identity import run_identity
 from grug_keras.training.provenance import device, git_state, versions
+from grug_keras.training.source import source_of
 import keras
 
 logger = logging.getLogger("grug_keras.training")
@@ -53,8 +55,10 @@ class RunRecord:
         command: str, the command line.
         started, finished: str, ISO 8601 times in UTC.
         resumed: list of int, the steps that the run was continued from.
+        identity: str, of what made the numbers, see `identity.run_identity`.
+        source: dict of hashes of the code, see `source.source_of`.
         commit: str or None, of the checkout that holds the script.
-        dirty: bool or None, whether files other than documents differ from the commit.
+        dirty: bool or None, whether the code differs from the commit.
         size: str, preset of the model.
         config: dict, of the `GrugConfig`.
         block_class: str.
@@ -82,6 +86,7 @@ class RunRecord:
         ms_per_step, tokens_per_second, mfu: float, of this process.
         peak_memory_bytes: int.
         train_loss: float, nats per token, of the last step.
+        curve: list of `[step, train loss]`, thinned, see `plots.thin_curve`.
         evaluations: list of dicts of `step`, `loss` and `bits_per_byte`.
         loss, bits_per_byte: float, on the validation slice after the last step.
         sample: dict of `prompt` and `text`.
@@ -89,7 +94,7 @@ class RunRecord:
         error: str or None, of a run that failed.
     """
 
-    schema: int = 4
+    schema: int = 5
     id: str
     experiment: str
     status: str = "running"
@@ -97,6 +102,8 @@ class RunRecord:
     started: str
     resumed: list = dataclasses.field(default_factory=list)
     finished: str | None = None
+    identity: str
+    source: dict
     commit: str | None
     dirty: bool | None
     size: str
@@ -137,6 +144,7 @@ class RunRecord:
     mfu: float | None = None
     peak_memory_bytes: int | None = None
     train_loss: float | None = None
+    curve: list = dataclasses.field(default_factory=list)
     evaluations: list = dataclasses.field(default_factory=list)
     loss: float | None = None
     bits_per_byte: float | None = None
@@ -173,7 +181,22 @@ def new_record(run, model):
     Returns:
         `RunRecord`.
     """
-    commit, dirty = git_state(run.script.resolve().parent)
+    commit, dirty = git_state(run.script)
+    origin = {
+        "source": source_of(run.script),
+        "versions": versions(),
+        "backend": keras.config.backend(),
+        "device": device(),
+    }
+    data = run.data.describe()
+    identity = run_identity(
+        recipe=run.recipe,
+        options=run.options,
+        config=run.config,
+        data=data,
+        tokenizer=run.data.tokenizer,
+        **origin,
+    )
     parameters = model.count_params()
     embeddings = sum(layer.count_params() for layer in (model.token_embedding, model.lm_head))
     return RunRecord(
@@ -181,6 +204,7 @@ def new_record(run, model):
         experiment=run.script.stem,
         command=shlex.join(["python", *sys.argv]),
         started=utc_now(),
+        identity=identity,
         commit=commit,
         dirty=dirty,
         size=run.options.size,
@@ -195,12 +219,10 @@ def new_record(run, model):
         dtype=model.dtype_policy.name,
         seed=run.options.seed,
         packing=run.options.packing,
-        data=run.data.describe(),
+        data=data,
         tokenizer={"name": run.data.tokenizer.name, "sha256": run.data.tokenizer.sha256},
-        backend=keras.config.backend(),
-        device=device(),
         mesh=distribution.describe_mesh(),
-        versions=versions(),
+        **origin,
         parameters=parameters,
         parameters_non_embedding=parameters - embeddings,
         flops_per_token=flops_per_token(model, run.config.max_seq_len),

@@ -47,9 +47,10 @@ def report(run, record, checkpoints):
             f"{run.folder}; --resume continues"
         )
         return EXIT_INTERRUPTED
-    sample = record.sample
-    print(f"\nsample, continuing {sample['prompt']!r}:\n{sample['text']}\n")
-    print(f"results, curve, picture and checkpoints: {run.folder}")
+    if record.sample is not None:
+        print(f"\nsample, continuing {record.sample['prompt']!r}:\n{record.sample['text']}\n")
+    left = " and curve" if run.options.results_only else ", curve, picture and checkpoints"
+    print(f"results{left}: {run.folder}")
     print(
         f"validation: {record.bits_per_byte:.3f} bits per byte "
         f"(loss {record.loss:.4f}), {record.steps} steps, "

@@ -3,20 +3,22 @@
 import contextlib
 import functools
 import pathlib
+import shutil
 import time
 
 import click
 from grug_keras import distribution
 from grug_keras.data import TokenBatches, load_data
 from grug_keras.metrics import NORMS, metric_results
-from grug_keras.optimizers import role_in
+from grug_keras.optimizers import role_in, set_weight_decay
 from grug_keras.tpu.flops import peak_flops
 from grug_keras.training.checkpoints import Checkpoints
 from grug_keras.training.folder import RunFolder, find_run, new_run_folder
+from grug_keras.training.initial_values import initial_values_by_path
 from grug_keras.training.loop import TrainingLoop
 from grug_keras.training.meter import Meter, peak_memory
 from grug_keras.training.model_config import size_config
-from grug_keras.training.plots import plot_curve
+from grug_keras.training.plots import plot_curve, thin_curve
 from grug_keras.training.record import check_same_run, new_record, utc_now
 from grug_keras.training.report import announce, report
 from grug_keras.training.sampling import sample_validation
@@ -115,9 +117,13 @@ class Run:
 
     def _compiled_model(self, build_model, build_optimizer):
         """The model with all its variables and its optimizer's, so that what is refused is now."""
-        model = build_model(self.config)
-        model.build()
+        with initial_values_by_path(self.options.seed) as seed_noise:
+            model = build_model(self.config)
+            model.build()
+            seed_noise(model)
         optimizer = build_optimizer(self.schedule)
+        if self.recipe.weight_decay is not None:
+            set_weight_decay(optimizer, self.recipe.weight_decay)
         model.compile(
             optimizer,
             accumulate=self.recipe.accumulate,
@@ -151,8 +157,9 @@ class Run:
         if self.began is not None:
             record.started = self.began["started"]
             record.resumed = [*self.began.get("resumed", []), step]
-            if self.began["dirty"] or self.began["commit"] != record.commit:
-                record.dirty = True  # the run belongs to no single commit
+            made_by = ("source", "versions", "device")
+            if step and any(self.began.get(name) != getattr(record, name) for name in made_by):
+                record.identity = ""  # no single code has made it
         record.update(**notes.get("record", {}))
 
     def _loop(self, model, record, checkpoints, sinks, step, notes):
@@ -191,8 +198,8 @@ class Run:
             loop.run()
             if record.status == "trained":
                 record.status = "finished"
-                with distribution.on_this_host(loop.model) as whole_model:
-                    record.sample = sample_validation(whole_model, self.data, self.options.seed)
+                if not self.options.results_only:
+                    self._sample(record, loop.model)
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
             record.status = "interrupted" if interrupted else "failed"
@@ -206,14 +213,22 @@ class Run:
                 record.programs = compiled_programs().table()
             for sink in loop.sinks:
                 sink.close()
+            record.curve = thin_curve(self.folder.curve)
             record.save_if_there_is_room(self.folder.results)
             self.folder.unlock()
+        if self.options.results_only:
+            shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
+            return
         plot_curve(
             self.folder.curve,
             self.folder.picture,
             title=f"{self.script.stem}, {self.options.size}, on {self.data.name}",
             validation=record.loss,
         )
+
+    def _sample(self, record, model):
+        with distribution.on_this_host(model) as whole_model:
+            record.sample = sample_validation(whole_model, self.data, self.options.seed)
 
 
 def extra_logs(model):

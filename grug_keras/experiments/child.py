@@ -1,0 +1,175 @@
+"""Trains one run in a process of its own, on CPU cores of its own."""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+ENDED = ("finished", "diverged")  # both are outcomes; other runs can be continued
+_POLL_SECONDS = 0.1
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+    """A run that is asked for.
+
+    Attributes:
+        script: str, path in the checkout.
+        arguments: tuple of str, its command line.
+        seed: int.
+        identity: str, see `training.identity`; it names the folder of the run.
+    """
+
+    script: str
+    arguments: tuple
+    seed: int
+    identity: str
+
+    @property
+    def folder(self):
+        """Where the run is in a pool, a relative path."""
+        return pathlib.Path(pathlib.Path(self.script).stem, self.identity)
+
+
+class Children:
+    """The processes that a call has started, to be stopped together."""
+
+    def __init__(self):
+        self._running, self.stopped = set(), False
+
+    def wait(self, command, **options):
+        """Runs a command and returns its exit status; None if it is too late to begin."""
+        if self.stopped:
+            return None
+        prepare = _die_with_parent if _PRCTL else None
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=prepare, **options)
+        self._running.add(child)
+        if self.stopped:  # meanwhile
+            child.send_signal(signal.SIGINT)
+        try:
+            return child.wait()
+        finally:
+            self._running.discard(child)
+
+    def stop(self, tell):
+        """Begins no more; asks those that run to save and end, unless a terminal has done so."""
+        self.stopped = True
+        for child in list(self._running) if tell else ():
+            child.send_signal(signal.SIGINT)
+
+    def kill(self):
+        """Ends all at once."""
+        self.stopped = True
+        for child in list(self._running):
+            child.kill()
+
+
+def _die_with_parent():
+    """Has a child end with the process that waits for it: else one that is killed leaves runs."""
+    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def train(snapshot, spec, out, cores, children):
+    """Trains a run to its end, unless its folder has it.
+
+    Args:
+        snapshot: `Snapshot`, whose code runs.
+        spec: `RunSpec`.
+        out: `pathlib.Path`, the folder of this identity.
+        cores: int, number of CPU cores; 0 is the whole machine.
+        children: `Children`.
+
+    Returns:
+        bool, whether it was trained here; where another process trained it meanwhile, False.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with held(out / ".pool.lock", children), hold_cores(cores, children) as taken:
+        if children.stopped or ended_run(out):
+            return False
+        if taken:
+            os.sched_setaffinity(0, taken)  # of this thread; the child inherits it
+        command = [sys.executable, str(snapshot.script(spec.script)), *spec.arguments]
+        command += ["--results-only", "--out", str(out), "--resume"]
+        with open(log_file(out), "a", encoding="utf-8") as file:
+            children.wait(
+                command,
+                env=snapshot.environment(),
+                cwd=snapshot.folder,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+    return True
+
+
+def log_file(out):
+    """Returns the path of what the runs of a folder printed."""
+    return out / "log.txt"
+
+
+def ended_run(out):
+    """Returns the folder of a run that has ended in `out`, or None."""
+    for path in sorted(out.glob("*/results.json")):
+        with contextlib.suppress(ValueError):
+            if json.loads(path.read_text(encoding="utf-8"))["status"] in ENDED:
+                return path.parent
+    return None
+
+
+@contextlib.contextmanager
+def held(path, children):
+    """Holds a lock file for a `with` block; waits for it, unless all is to stop."""
+    import filelock
+
+    lock = filelock.FileLock(path, timeout=0)
+    while not children.stopped:
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire()
+            break
+        time.sleep(_POLL_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def hold_cores(count, children):
+    """Takes CPU cores that no other run of this machine has taken, and waits for them.
+
+    Args:
+        count: int; 0 is the whole machine, which one run at a time gets.
+
+    Yields:
+        Set of cores; None where cores cannot be chosen.
+    """
+    folder = pathlib.Path(tempfile.gettempdir(), f"grug-keras-cores-{_user()}")
+    folder.mkdir(exist_ok=True)
+    if not count or not hasattr(os, "sched_setaffinity"):
+        with held(folder / "all.lock", children):
+            yield None
+        return
+    import filelock
+
+    cores = sorted(os.sched_getaffinity(os.getpid()))
+    groups = [cores[i : i + count] for i in range(0, len(cores) - count + 1, count)]
+    while not children.stopped:
+        for group in groups:
+            lock = filelock.FileLock(folder / f"{group[0]}.lock", timeout=0)
+            with contextlib.suppress(filelock.Timeout), lock:
+                yield set(group)
+                return
+        time.sleep(_POLL_SECONDS)
+    yield None
+
+
+def _user():
+    return os.getuid() if hasattr(os, "getuid") else "all"

@@ -1,0 +1,146 @@
+"""Where runs are trained: on this machine, several at a time, or on a Ray cluster."""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+from grug_keras.experiments.child import Children, hold_cores, train
+
+_MEMORY_OF_A_RUN = 2 * 2**30
+_DEVICE = """
+import json
+import keras
+from grug_keras.training.provenance import device
+print(json.dumps([keras.config.backend(), device()]))
+"""
+
+
+class LocalExecutor:
+    """Trains on this machine: small models on a CPU one a core, else one at a time.
+
+    A small run has one core also where others idle: its numbers do not depend on `jobs`.
+
+    Args:
+        small: bool, whether one core of a CPU is enough for a run.
+        jobs: int or None, runs at a time; None is as many as cores and memory allow.
+
+    Attributes:
+        jobs: int.
+        cores: int, of each run; 0 is the whole machine.
+
+    Raises:
+        ValueError: if so many do not go at once.
+    """
+
+    def __init__(self, small, jobs=None):
+        can_choose = hasattr(os, "sched_setaffinity") and not _has_accelerator()
+        self.cores = 1 if small and can_choose else 0
+        most = len(os.sched_getaffinity(0)) if self.cores else 1
+        self.jobs = min(most, max(1, _memory() // _MEMORY_OF_A_RUN)) if jobs is None else jobs
+        if self.jobs > most:
+            raise ValueError(f"jobs={jobs}: this machine trains {most} of these runs at once")
+
+    def device(self, backend):
+        """Returns what `provenance.device` says in a run of a backend.
+
+        Asked in a process of its own, since a process that looks at a TPU keeps it.
+        """
+        with hold_cores(self.cores, Children()) as taken:
+            before = os.sched_getaffinity(0) if taken else None
+            if taken:
+                os.sched_setaffinity(0, taken)
+            try:
+                return _ask_for_device(backend)
+            finally:
+                if taken:
+                    os.sched_setaffinity(0, before)
+
+    def run(self, snapshot, specs, pool):
+        """Trains runs.
+
+        Args:
+            snapshot: `Snapshot`.
+            specs: list of `RunSpec`.
+            pool: `pathlib.Path`.
+
+        Yields:
+            Pair of each spec, when it has ended, and whether it was trained here.
+        """
+        children = Children()
+        threads = concurrent.futures.ThreadPoolExecutor(self.jobs)
+        try:
+            futures = {
+                threads.submit(
+                    train, snapshot, spec, pool / spec.folder, self.cores, children
+                ): spec
+                for spec in specs
+            }
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException as error:
+            children.stop(tell=not isinstance(error, KeyboardInterrupt))
+            threads.shutdown(wait=False, cancel_futures=True)
+            _wait(threads, children)
+            raise
+        threads.shutdown()
+
+
+def _wait(threads, children):
+    """Waits until the children have saved; a second signal ends them at once."""
+    try:
+        threads.shutdown(wait=True)
+    except BaseException:
+        children.kill()
+        raise
+
+
+@contextlib.contextmanager
+def stop_on_sigterm():
+    """Within this block SIGTERM stops what runs, its children too, as Ctrl-C does."""
+
+    def stop(number, frame):
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ask_for_device(backend):
+    done = subprocess.run(
+        [sys.executable, "-c", _DEVICE],
+        env={**os.environ, "KERAS_BACKEND": backend},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ValueError(
+            f"backend {backend} does not start: {done.stderr.strip().splitlines()[-1]}"
+        )
+    return json.loads(done.stdout.strip().splitlines()[-1])[1]
+
+
+def _has_accelerator():
+    """Whether a run would use a GPU or a TPU, as far as can be seen without taking it."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    devices = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
+    return any(map(os.path.exists, devices))
+
+
+def _memory():
+    """Returns the bytes of memory of this machine; where it does not say, enough for one run."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return _MEMORY_OF_A_RUN

@@ -1,0 +1,85 @@
+"""The runs of a checkout by identity: none is trained twice."""
+
+import pathlib
+
+from grug_keras.experiments.child import ended_run, log_file
+from grug_keras.experiments.results_file import read_sealed
+
+
+class RunPool:
+    """A folder of runs that comparisons and sweeps share.
+
+    Args:
+        folder: path, such as `runs/pool`.
+        snapshot: `Snapshot`, whose code trains what is missing.
+        executor: object with `run(snapshot, specs, pool)`.
+        progress: bool, whether to show a progress bar on stderr.
+    """
+
+    def __init__(self, folder, snapshot, executor, progress=False):
+        self.folder, self.snapshot = pathlib.Path(folder).resolve(), snapshot
+        self.executor, self.progress = executor, progress
+
+    def run(self, specs, trained=lambda spec: None):
+        """Trains those of the runs that are missing.
+
+        Args:
+            specs: list of `RunSpec`.
+            trained: function that is called with each spec that had to be trained.
+
+        Returns:
+            list of records, sealed, in the order of the specs. A run that diverged has the status
+            "diverged".
+
+        Raises:
+            ValueError: if a run fails, with the end of its output, or is not what was asked for.
+        """
+        from tqdm import tqdm
+
+        unique = {spec.identity: spec for spec in specs}
+        missing = [s for s in unique.values() if not ended_run(self.folder / s.folder)]
+        reused = len(unique) - len(missing)
+        what = f"{reused} of {len(unique)} runs are there already, training" if reused else ""
+        with tqdm(
+            total=len(missing), unit="run", desc=what, disable=not self._shows(missing)
+        ) as bar:
+            for spec, here in self.executor.run(self.snapshot, missing, self.folder):
+                self.record(spec)
+                if here:
+                    trained(spec)
+                bar.set_postfix_str(f"{pathlib.Path(spec.script).stem} seed {spec.seed}")
+                bar.update()
+        return [self.record(spec) for spec in specs]
+
+    def _shows(self, missing):
+        return self.progress and bool(missing)
+
+    def run_folder(self, spec):
+        """Returns the folder of a run that has ended.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        found = ended_run(self.folder / spec.folder)
+        if found is None:
+            log = log_file(self.folder / spec.folder)
+            lines = log.read_text(encoding="utf-8").strip().splitlines() if log.is_file() else []
+            command = " ".join(["python", spec.script, *spec.arguments])
+            why = lines[-1] if lines else "no output"
+            raise ValueError(f"{command} has not ended: {why}; full output: {log}")
+        return found
+
+    def record(self, spec):
+        """Returns the sealed record of a run that has ended.
+
+        Raises:
+            ValueError: if there is none, or if it is of another run than the spec.
+        """
+        folder = self.run_folder(spec)
+        record = read_sealed(folder / "results.json")
+        if record["identity"] != spec.identity:
+            raise ValueError(
+                f"{folder} is not the run that was asked for: code, libraries, data or device "
+                f"({record['device']}) differ from those of this command"
+            )
+        return record

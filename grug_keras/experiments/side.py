@@ -1,0 +1,114 @@
+"""One side of a comparison: a script, its options, and the runs that they ask for."""
+
+import dataclasses
+import functools
+import pathlib
+
+from grug_keras.data import load_data
+from grug_keras.experiments.child import RunSpec
+from grug_keras.experiments.script import load_speedrun
+from grug_keras.training.identity import run_identity
+from grug_keras.training.model_config import size_config
+from grug_keras.training.options import read_arguments
+from grug_keras.training.provenance import versions
+from grug_keras.training.run import VALIDATION_BYTES
+import keras
+
+_RESERVED = ("--seed", "--out", "--resume", "--results-only", "--profile", "--log")
+
+
+class Side:
+    """A script with the options of its runs; it refuses what the script would refuse.
+
+    Args:
+        root: `pathlib.Path`, the top folder of the checkout.
+        script: str, path relative to it.
+        arguments: list of str, the options of all its runs.
+
+    Attributes:
+        name: str, name of the script.
+        recipe: `Recipe`.
+        options: `RunOptions`.
+        data: `TokenData`.
+
+    Raises:
+        ValueError: names the option and the value.
+    """
+
+    def __init__(self, root, script, arguments):
+        reserved = [word for word in arguments if word.split("=")[0] in _RESERVED]
+        if reserved:
+            raise ValueError(f"{reserved[0]} is set by `grug` itself here: leave it out")
+        self.root, self.script, self.name = root, script, pathlib.Path(script).stem
+        self.arguments = _with_absolute_paths(arguments)
+        self.module = load_speedrun(root / script)
+        self.recipe, self.options = read_arguments(self.arguments, self.module.RECIPES)
+        self.data = _load(self.options.data, self.options.tokenizer)
+
+    @property
+    def is_small(self):
+        """Whether a run needs no more than a core of a CPU."""
+        return self.options.size == "smoke" and not self.options.mesh
+
+    @property
+    def backend(self):
+        """The Keras backend of its runs."""
+        return self.options.backend or keras.config.backend()
+
+    def spec(self, seed, snapshot, device, **changes):
+        """Returns the `RunSpec` of one run.
+
+        Args:
+            seed: int.
+            snapshot: `Snapshot`, whose code will run.
+            device: dict, of the executor.
+            **changes: of the recipe: `learning_rate`, `weight_decay`, `steps`.
+        """
+        recipe = dataclasses.replace(self.recipe, **changes)
+        options = dataclasses.replace(self.options, seed=seed)
+        config = size_config(
+            options.size, self.data.tokenizer.vocab_size, options.seq_len, options.remat
+        )
+        identity = run_identity(
+            source=snapshot.source(self.script),
+            versions=_versions(),
+            recipe=recipe,
+            options=options,
+            config=config,
+            data=self.data.describe(),
+            tokenizer=self.data.tokenizer,
+            backend=self.backend,
+            device=device,
+        )
+        changed = [
+            word
+            for name, value in changes.items()
+            for word in (f"--{name.replace('_', '-')}", repr(value))
+        ]
+        arguments = (*self.arguments, "--backend", self.backend, *changed, "--seed", str(seed))
+        return RunSpec(self.script, arguments, seed, identity)
+
+
+@functools.cache
+def _load(data, tokenizer):
+    return load_data(data, tokenizer, VALIDATION_BYTES)
+
+
+_versions = functools.cache(versions)
+
+
+def _with_absolute_paths(arguments):
+    """The words of a command line; runs have another working folder than this command."""
+    words = []
+    for word in arguments:
+        option, equals, value = word.partition("=")
+        if not equals:
+            option, value = (words[-1] if words else ""), word
+        if option in ("--data", "--tokenizer") and pathlib.Path(value).exists():
+            word = (
+                f"{option}={pathlib.Path(value).resolve()}"
+                if equals
+                else str(pathlib.Path(value).resolve())
+            )
+        words.append(word)
+    return words

@@ -1,0 +1,41 @@
+"""The identity of a run: two runs that share it have the same numbers."""
+
+import dataclasses
+import hashlib
+import json
+
+
+def run_identity(*, source, versions, recipe, options, config, data, tokenizer, backend, device):
+    """Hashes all that makes the numbers of a run.
+
+    Neither the commit nor a path is part of it: files that make no number may change, branches
+    may be squashed, and a corpus may move.
+
+    Args:
+        source: dict, of `source.source_of`.
+        versions: dict of library -> version.
+        recipe: `Recipe`.
+        options: `RunOptions`.
+        config: `GrugConfig` that the script is given.
+        data: dict, of `TokenData.describe`.
+        tokenizer: `Tokenizer`.
+        backend: str.
+        device: dict, of `provenance.device`.
+
+    Returns:
+        str, 16 hexadecimal digits.
+    """
+    made_of = {
+        "source": source,
+        "versions": versions,
+        "recipe": dataclasses.asdict(recipe),
+        "options": [options.size, options.packing, options.seed, options.dtype_policy],
+        "mesh": options.mesh,
+        "config": config.as_dict(),
+        "data": {name: value for name, value in data.items() if name != "name"},
+        "tokenizer": tokenizer.sha256 or tokenizer.name,
+        "backend": backend,
+        "device": device,
+    }
+    text = json.dumps(made_of, sort_keys=True, default=float)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -3,7 +3,7 @@
 Recipes and optimizer are those of `grug_keras/best_guess.py`.
 
 Command: python speedruns/grugformer_starter.py
-Expect:  about 2.04 bits per byte in two and a half minutes on 2 CPU cores.
+Expect:  about 2.00 bits per byte in a minute on 2 CPU cores.
 """
 
 from grug_keras import Grugformer

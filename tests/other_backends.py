@@ -21,6 +21,7 @@ FILES = [
     "test_grugformer_core.py",
     "test_grugformer_fused_loss.py",
     "test_grugformer_model_loss.py",
+    "test_initial_values.py",
     "test_inputs.py",
     "test_keras_features.py",
     "test_optax_optimizer.py",

@@ -52,6 +52,7 @@ def write(out, spec, name, score, rate, steps, snapshot, ms):
     folder = out / f"{name}-seed{spec.seed}"
     folder.mkdir()
     rows = [f"{i},{i * 8},{i * ms / 1e3},{3 - i / 100},0.1,1,{ms}" for i in range(1, 11)]
+    data = dict(zip(spec.arguments[::2], spec.arguments[1::2], strict=True))["--data"]
     head = "step,tokens,seconds,loss,learning_rate,gradient_norm,ms"
     (folder / "curve.csv").write_text("\n".join([head, *rows]) + "\n")
     record = {
@@ -60,7 +61,7 @@ def write(out, spec, name, score, rate, steps, snapshot, ms):
         "source": snapshot.source(spec.script), "commit": snapshot.commit, "size": "smoke",
         "recipe": {"learning_rate": rate, "steps": steps, "batch_size": 8}, "optimizer": "Muon",
         "dtype": "float32", "packing": "stream", "backend": "jax", "mesh": None,
-        "config": {"max_seq_len": 128}, "data": {"name": "text", "sha256": "d" * 64},
+        "config": {"max_seq_len": 128}, "data": {"name": "text", "sha256": data},
         "tokenizer": {"name": "bytes", "sha256": None}, "device": DEVICE, "versions": {},
         "parameters": 10, "parameters_non_embedding": 5, "flops_per_token": 60,
         "mfu_convention": "6N", "steps": steps, "tokens": steps * 8 * 128,

@@ -96,7 +96,7 @@ def run_record(checkout, folder="runs/one", **changes):
         "source": source_of(checkout.root / PATH, checkout.root / "grug_keras"),
         "config": {"max_seq_len": 128},
         "curve": [[1, 5.0], [3, 4.0]],
-        "commit": checkout.head(),
+        "commit": checkout.git("rev-parse", "HEAD"),
         "dirty": False,
         "size": "smoke",
         "seed": 1,

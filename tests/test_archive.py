@@ -76,7 +76,7 @@ def test_an_archive_that_agrees_has_no_problem_and_its_template_is_no_entry(temp
     ],
 )
 def test_a_wrong_entry_is_named_by_line_with_a_remedy(checkout, old, new, line, sentence):
-    edit(checkout, old, new.replace("{head}", checkout.head()))
+    edit(checkout, old, new.replace("{head}", checkout.git("rev-parse", "HEAD")))
     pattern = re.escape(sentence).replace(re.escape(".*"), ".*")
     pattern = re.compile(f"^docs/archive.md:{line}: grugformer-sink: .*{pattern}")
     found = problems(checkout)
@@ -159,7 +159,7 @@ def test_pending_is_allowed_while_the_path_is_new_and_no_longer(checkout):
 
 
 def test_replacements_resolve_and_go_in_no_circle(checkout):
-    head = checkout.head()
+    head = checkout.git("rev-parse", "HEAD")
     end = f"- Status: superseded\n- Superseded by: {{}}\n- Last known-good: {head}"
     edit(checkout, "- Status: active", end.format("grugformer-starter"))
     assert problems(checkout) == []
@@ -226,7 +226,7 @@ def test_a_run_whose_record_was_edited_is_not_recorded(checkout):
 
 
 def test_an_experiment_is_superseded_then_deleted_with_a_trail(checkout):
-    measured = checkout.head()
+    measured = checkout.git("rev-parse", "HEAD")
     record(checkout, run_record(checkout))
     commit(checkout.root)
     supersede(checkout, "grugformer-sink", "HEAD")

@@ -227,6 +227,7 @@ def test_a_run_that_fails_is_named_with_the_end_of_its_output(bench):
         ([], {"margin": 0.0}, r"margin must be a share of A's score in \(0, 1\), got 0.0"),
         ([], {"until": 14}, "until must be at least 15, for 5 looks, got 14"),
         ([], {"seeds": range(995, 1005)}, "seeds must be below 1000, which rates are tuned with"),
+        ([], {"until": 1200}, "seeds must be below 1000, which rates are tuned with"),
         ([], {"seeds": range(0)}, "seeds must be a count or FIRST:END"),
     ],
 )
@@ -244,6 +245,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(bench, options,
         ([], {"margin": 0.01}, "margin 0.005, not 0.01.*; a margin is fixed before the first run"),
         ([], {"rates": "same"}, "holds a comparison with rates own, not same"),
         ([], {"b": A}, "holds a comparison with scripts"),
+        ([], {"seeds": range(2, 4)}, "holds a comparison with first_seed 0, not 2"),
     ],
 )
 def test_a_folder_keeps_to_its_plan(bench, options, design, message):
@@ -264,7 +266,7 @@ def test_tokens_that_no_number_of_steps_makes_equal_are_refused(bench):
 
 def test_seeds_of_two_machines_are_merged(bench, tmp_path):
     whole, _ = bench(seeds=6)
-    bench(seeds=range(0, 3), out="one", rates=(0.01, 0.013))
+    bench(seeds=range(0, 3), out="one")
     bench(seeds=range(3, 6), out="two", rates=(0.01, 0.013))
     runs = bench.root / "runs"
     result = merge([runs / "one", runs / "two"], tmp_path / "both")
@@ -276,6 +278,27 @@ def test_seeds_of_two_machines_are_merged(bench, tmp_path):
     bench(seeds=range(6, 8), out="three", rates=(0.01, 0.02))
     with pytest.raises(ValueError, match="give the others --rates 0.01,0.013"):
         merge([runs / "one", runs / "three"], tmp_path / "other")
+
+
+def test_comparisons_that_are_no_seeds_of_one_plan_are_not_merged(bench, tmp_path):
+    runs, rates = bench.root / "runs", (0.01, 0.013)
+    bench(seeds=2, out="one", rates=rates)
+    (bench.root / "runs" / "other.txt").write_text("two and two make four.\n" * 400)
+    bench("--data", str(bench.root / "runs" / "other.txt"), seeds=range(2, 4), out="text",
+          rates=rates)  # fmt: skip
+    bench(until=15, out="looked")
+    for other, message in [
+        ("text", "data.sha256 is '.*' in .* these are no seeds of one result"),
+        ("looked", "was looked at on the way to its verdict: it stands alone"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            merge([runs / "one", runs / other], tmp_path / other)
+
+
+def test_runs_that_were_all_there_are_said_so(bench):
+    bench(seeds=4)
+    result, _ = bench(seeds=4, margin=0.02, out="afterwards")
+    assert "all runs of B were there before: a margin or a number of seeds" in as_text(result)
 
 
 def test_a_comparison_is_recorded_and_touches_b_alone(bench, checkout):

@@ -108,7 +108,11 @@ def start(code, pool, seconds):
             list(LocalExecutor(True, 1).run(Snapshot({str(code.folder)!r}), specs,
                                             pathlib.Path({str(pool)!r})))
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)])
+    # In the background of a shell, as with `nohup ... &`, where SIGINT is ignored.
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
     attempts = pool / "it" / "a" / "attempts"
     deadline = time.monotonic() + 60
     while not (attempts.is_file() and attempts.read_text().endswith("\n")):

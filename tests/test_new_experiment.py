@@ -77,14 +77,14 @@ def build_model(config):
     return Grugformer(config)
 
 
-def build_optimizer(learning_rate):
-    return Muon(
-        learning_rate,
-        adam_lr_ratio=0.3,
-        adam_beta_2=0.95,
-        weight_decay=0.01,
-        adam_weight_decay=0.004,
-    )
+def build_optimizer(learning_rate, **changes):
+    options = {
+        "adam_lr_ratio": 0.3,
+        "adam_beta_2": 0.95,
+        "weight_decay": 0.01,
+        "adam_weight_decay": 0.004,
+    }
+    return Muon(learning_rate, **{**options, **changes})
 
 
 if __name__ == "__main__":
@@ -119,9 +119,9 @@ def test_a_new_experiment_changes_its_bucket_alone(started):
     (problem,) = problems(checkout)
     assert "grugformer-idea-optimizer: speedruns/grugformer_idea_optimizer.py changes" in problem
     assert "changes nothing of its bucket optimizer" in problem
-    edit(checkout, "adam_lr_ratio=0.3", "adam_lr_ratio=0.2", new["optimizer"][1])
+    edit(checkout, '"adam_lr_ratio": 0.3', '"adam_lr_ratio": 0.2', new["optimizer"][1])
     assert problems(checkout) == []
-    edit(checkout, "adam_lr_ratio=0.2", "adam_lr_ratio=0.3", new["optimizer"][1])
+    edit(checkout, '"adam_lr_ratio": 0.2', '"adam_lr_ratio": 0.3', new["optimizer"][1])
 
 
 @pytest.mark.parametrize(
@@ -168,11 +168,11 @@ def build_optimizer(learning_rate):
         (
             IMPORT,
             RECIPES.replace("{})", "learning_rate=0.03)"),
-            "changes optimizer too (recipe.learning_rate of smoke: 0.02 -> 0.03)",
+            "changes optimizer too (recipe.learning_rate of smoke: 0.007 -> 0.03)",
         ),
         (
             IMPORT,
-            RECIPES.replace("{})", "learning_rate=0.02, accumulate=2)"),
+            RECIPES.replace("{})", "learning_rate=0.007, accumulate=2)"),
             "changes optimizer too (recipe.accumulate of smoke: 1 -> 2)",
         ),
         (IMPORT, OTHER_OPTIMIZER, "changes optimizer too (optimizer.weight_decay: 0.01 -> 0.02)"),

@@ -4,7 +4,8 @@ import json
 import re
 
 from grug_keras import GrugConfig, Grugformer
-from grug_keras.optimizers import AdamW, Muon
+from grug_keras.best_guess import build_optimizer
+from grug_keras.optimizers import AdamW, Muon, set_weight_decay
 import keras
 import numpy as np
 import pytest
@@ -253,3 +254,19 @@ def test_an_own_role_that_matches_nothing_is_named(optimizer_class):
     by_role = {"slow": {"lr_ratio": 0.1}}
     with pytest.raises(ValueError, match=r"roles\['scael'\] matches no trainable variable: missp"):
         train(optimizer_class(RATE, roles={"scael": "slow"}, by_role=by_role), {"scale": (6,)})
+
+
+def test_a_weight_decay_is_set_with_its_ratio_to_others():
+    optimizer = build_optimizer(RATE)
+    set_weight_decay(optimizer, 0.05)
+    assert optimizer.weight_decay == 0.05
+    assert optimizer.adam_weight_decay == pytest.approx(0.05 * 0.4)
+    own = AdamW(RATE, weight_decay=0.1, by_role={"head": {"weight_decay": 0.3}})
+    set_weight_decay(own, 0.2)
+    model = Grugformer(CONFIG)
+    model.build()
+    own.build(model.trainable_variables)
+    decays = {own.role_of(v): own.rule_of(v).weight_decay for v in model.trainable_variables}
+    assert decays == {"embedding": 0.2, "matrix": 0.2, "vector": 0.0, "head": 0.3}
+    with pytest.raises(ValueError, match="weight_decay=0.1: Adam decays nothing; choose it in the"):
+        set_weight_decay(keras.optimizers.Adam(RATE), 0.1)

@@ -134,7 +134,7 @@ def test_a_short_walk_from_an_idea_to_a_recorded_comparison(walker):
     walker(f"grug archive record runs/grugformer_starter-vs-{name.replace('-', '_')}-3-tokens")
     assert "agrees with scripts, git and results" in walker("grug archive check")
     assert re.match("better|worse|not shown", walker.entry(name).fields["Verdict"])
-    assert walker("grug archive stale") == "every result is of today's code\n"
+    assert f"{name}:" not in walker("grug archive stale"), "it is of today's code"
     walker("git add -A && git commit -q -m 'Measured'")
 
 

@@ -21,6 +21,7 @@ from grug_keras.training import run as run_module
 from grug_keras.training.checkpoints import Checkpoints, state_variables
 from grug_keras.training.folder import find_run
 from grug_keras.training.options import RunOptions
+from grug_keras.training.report import EXIT_INTERRUPTED
 from grug_keras.training.run import Run
 import keras
 import numpy as np
@@ -326,6 +327,43 @@ def curve(folder):
     with open(folder / "curve.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return [(row["step"], row["loss"], row["learning_rate"], row["gradient_norm"]) for row in rows]
+
+
+def test_a_run_for_its_results_has_the_same_numbers_and_leaves_nothing_else(
+    tmp_path, tiny_model, monkeypatch
+):
+    monkeypatch.setattr(run_module, "sample_validation", lambda *_: {"prompt": "", "text": ""})
+    runs = [run_of(tmp_path / name, results_only=name == "lean") for name in ("whole", "lean")]
+    assert [run(tiny_model, adamw) for run in runs] == [0, 0]
+    whole, lean = (run.folder for run in runs)
+    assert curve(lean.path) == curve(whole.path)
+    assert lean.record()["bits_per_byte"] == whole.record()["bits_per_byte"]
+    left = sorted(path.name for path in lean.path.iterdir() if path.name != ".lock")
+    assert left == ["curve.csv", "results.json"]
+    assert [step for step, _ in lean.record()["curve"]] == list(range(1, 13))
+
+
+def test_a_run_for_its_results_that_is_stopped_keeps_what_it_goes_on_from(tmp_path, tiny_model):
+    run = run_of(tmp_path / "lean", results_only=True)
+    plain = type(run.train_batches)
+
+    class Stopping(plain):
+        def __getitem__(self, index):
+            if self.first_step + index == 6:
+                signal.raise_signal(signal.SIGINT)
+            return super().__getitem__(index)
+
+    run.train_batches.__class__ = Stopping
+    assert run(tiny_model, adamw) == EXIT_INTERRUPTED
+    before = run.folder.record()
+    assert before["status"] == "interrupted"
+    again = run_of(tmp_path / "lean", results_only=True, resume="")
+    assert again(tiny_model, adamw) == 0
+    whole = run_of(tmp_path / "whole", results_only=True)
+    whole(tiny_model, adamw)
+    assert curve(again.folder.path) == curve(whole.folder.path)
+    assert again.folder.record()["identity"] == before["identity"] != ""
+    assert again.folder.record()["resumed"][0] >= 6
 
 
 def test_a_run_that_failed_is_continued_to_the_bit_and_only_as_itself(

@@ -70,6 +70,8 @@ def test_each_part_answers_for_its_own_files(checkout):
         ("grug_keras/cli/it.py", []),
         ("grug_keras/experiments/compare.py", []),
         ("grug_keras/data/notes.txt", []),
+        ("grug_keras/training/plots.py", []),
+        ("grug_keras/training/loop.py", ["training"]),
         (PATH, ["script"]),
     ]:
         file = root / name
@@ -90,7 +92,7 @@ def test_what_is_installed_hashes_as_the_checkout_does(checkout, tmp_path):
 def test_a_tree_is_dirty_by_its_code_alone(checkout, monkeypatch):
     root, script = checkout.root, checkout.root / PATH
     monkeypatch.setattr("grug_keras.training.provenance.source_of", lambda *a: "the same")
-    head = checkout.head()
+    head = checkout.git("rev-parse", "HEAD")
     for name in ("loss.png", "docs/new.md", "speedruns/other.py", "nohup.out"):
         (root / name).write_text("x = 1")
     assert git_state(script) == (head, False), "none of these makes a number"
@@ -111,9 +113,11 @@ def test_a_snapshot_stays_as_it_was_and_says_what_it_is_of(checkout):
         (checkout.root / "grug_keras" / "model.py").write_text("answer = 43\n")
         assert 'initializer="ones"' in code.script(PATH).read_text()
         assert source_of(code.script(PATH), code.folder / "package" / "grug_keras") == before
-        assert (code.commit, code.dirty) == (checkout.head(), True)
-        assert git_state(code.script(PATH)) == (checkout.head(), True)
-        assert json.loads((code.folder / SNAPSHOT).read_text())["commit"] == checkout.head()
+        assert (code.commit, code.dirty) == (checkout.git("rev-parse", "HEAD"), True)
+        assert git_state(code.script(PATH)) == (checkout.git("rev-parse", "HEAD"), True)
+        assert json.loads((code.folder / SNAPSHOT).read_text())["commit"] == checkout.git(
+            "rev-parse", "HEAD"
+        )
         folder = code.folder
     assert not folder.exists()
 
@@ -132,6 +136,7 @@ def made_of(tmp_path_factory):
     return {
         "source": {"core": "a", "script": "b"},
         "versions": {"keras": "3"},
+        "flags": {},
         "recipe": RECIPES["smoke"],
         "options": RunOptions(),
         "config": size_config("smoke", 257),
@@ -147,6 +152,7 @@ def made_of(tmp_path_factory):
     [
         ("source", {"core": "a", "script": "c"}),
         ("versions", {"keras": "4"}),
+        ("flags", {"JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"}),
         ("recipe", dataclasses.replace(RECIPES["smoke"], learning_rate=0.03)),
         ("recipe", dataclasses.replace(RECIPES["smoke"], weight_decay=0.03)),
         ("options", RunOptions(seed=1)),

@@ -93,6 +93,8 @@ def test_the_numbers_are_those_of_the_textbook():
     assert found["p_t"] == pytest.approx(2 * scipy.stats.t.sf(abs(difference.mean()) / error, 3))
     assert found["p_permutation"] == pytest.approx(2 / 2**4), "all four have one sign"
     assert found["least_p"] == 2 / 2**4
+    assert paired_test([2.0] * 20, list(np.linspace(2.1, 2.2, 20)))["p_permutation"] == 2 / 1e4
+    assert paired_test([2.0] * 20, list(np.linspace(2.1, 2.2, 20)))["least_p"] == 2 / 1e4
     assert found["margin"] == pytest.approx(0.005 * np.mean(a))
     assert found["verdict"] == "better"
     shift = (difference.mean() + found["margin"]) / error
@@ -145,6 +147,9 @@ def test_runs_that_diverge_count_against_their_side():
     assert paired_test(a, [None] * 6 + better[6:])["verdict"] == "worse", "6 of 6, p = 0.03"
     assert paired_test(a, [None] * 8)["verdict"] == "worse"
     assert paired_test([None, *a[1:]], [None, *better[1:]])["verdict"] == "better"
+    both = paired_test([None] * 10 + a[:6] + a, [None] * 16 + better)
+    assert both["p_diverged"] == pytest.approx(2 / 2**6), "pairs that lost both say nothing"
+    assert both["verdict"] == "worse"
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,9 @@ def _executor(on, jobs, small):
 @click.argument("a")
 @click.argument("b")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTIONS]")
-@click.option("--seeds", default="12", type=Seeds(), metavar="N|FIRST:END", help="Pairs of runs.")
+@click.option(
+    "--seeds", type=Seeds(), metavar="N|FIRST:END", show_default="12", help="Pairs of runs."
+)
 @click.option(
     "--until",
     type=click.IntRange(min=15),
@@ -165,7 +167,10 @@ def compare(a, b, options, seeds, until, margin, same_rate, rates, match, out, o
     use_cpu()
     if same_rate and rates:
         raise ValueError("--same-rate and --rates: give one of the two")
+    if seeds and until:
+        raise ValueError("--seeds and --until: give one of the two")
     chosen = rates or ("same" if same_rate else "own")
+    seeds = seeds or range(until or 12)
     design = Design(seeds=seeds, until=until, margin=margin, match=match, rates=chosen)
     checkout = find_checkout()
     a, b = (Side(checkout.root, script_path(checkout, name), options) for name in (a, b))
@@ -212,7 +217,7 @@ def sweep(experiment, options, name, factor, seeds, out, on, jobs, pool):
     from grug_keras.experiments.pool import RunPool
     from grug_keras.experiments.side import Side
     from grug_keras.experiments.snapshot import snapshot
-    from grug_keras.experiments.sweep import TUNING_SEEDS, draw, score_with, start_of
+    from grug_keras.experiments.sweep import TUNING_SEEDS, check_folder, draw, score_with, start_of
     from grug_keras.experiments.sweep import sweep as find_best
 
     use_cpu()
@@ -222,6 +227,8 @@ def sweep(experiment, options, name, factor, seeds, out, on, jobs, pool):
     side = Side(checkout.root, script_path(checkout, experiment), options)
     start, runs = start_of(side, name), checkout.root / "runs"
     out = out or runs / f"sweep-{side.name}-{name}-{side.recipe.steps}"
+    asked = {"script": side.script, "options": side.arguments}
+    check_folder(out, asked)
     with stop_on_sigterm(), snapshot(checkout.root, [side.script]) as code:
         executor = _executor(on, jobs, side.is_small)
         shared = RunPool(pool or runs / "pool", code, executor, progress=True)
@@ -229,7 +236,7 @@ def sweep(experiment, options, name, factor, seeds, out, on, jobs, pool):
         chosen = range(TUNING_SEEDS[0], TUNING_SEEDS[0] + seeds)
         found = find_best(score_with(shared, side, device, name, chosen), start, name, factor)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "sweep.json", found.as_dict())
+    write_json(out / "sweep.json", {**asked, **found.as_dict()})
     draw(found, out / "sweep.png", f"{side.name}, {side.recipe.steps:,} steps")
     for value, scores in found.as_dict()["points"]:
         shown = " ".join("diverged" if score is None else f"{score:.4f}" for score in scores)

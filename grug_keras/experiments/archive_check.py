@@ -194,20 +194,24 @@ def _check_results(checkout, entry):
 
 def _check_same_script(checkout, entry, results):
     """Refuses numbers of another version of the script; that the core moves on, `stale` tells."""
-    script = checkout.root / entry.path
     groups = results.own_groups()
-    if not script.is_file() or not groups or source_problems(script):
-        return
-    newest = {"Result": groups[-1]}
-    if results.comparisons:
-        newest["Verdict"] = results.comparisons[-1]["b"]
-    for field, found in newest.items():
-        if found["source"]["script"] != code_hash(script):
-            sentence = (
-                f"{entry.path} has changed since {field} was measured: measure and record it "
-            )
-            sentence += f"again, or remove {RESULTS}/{entry.id}.json and its Result"
-            yield _problem(entry, field, sentence)
+    quoted = [("Result", groups[-1])] if groups else []
+    for comparison in results.quoted():
+        quoted += [("Verdict", comparison[side]) for side in "ba"]
+    for field, path in dict.fromkeys(
+        (field, found["path"]) for field, found in quoted if not _is_of(checkout, found)
+    ):
+        sentence = f"{path} has changed since {field} was measured: measure and record it again, "
+        sentence += f"or remove {RESULTS}/{entry.id}.json and its {field}"
+        yield _problem(entry, field, sentence)
+
+
+def _is_of(checkout, found):
+    """Whether a group of runs is of today's script; of one that is gone, reproduce tells."""
+    script = checkout.root / found["path"]
+    if not script.is_file() or source_problems(script):
+        return True
+    return found["source"]["script"] == code_hash(script)
 
 
 def _check_script(checkout, entry):

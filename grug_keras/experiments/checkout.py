@@ -76,10 +76,6 @@ class Checkout:
             return False
         return True
 
-    def head(self):
-        """Returns the full SHA of HEAD."""
-        return self.git("rev-parse", "HEAD")
-
     def short(self, commit):
         """Returns the first ten digits of the SHA of a commit."""
         return self.git("rev-parse", "--short=10", commit)

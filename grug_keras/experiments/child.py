@@ -50,7 +50,7 @@ class Children:
         """Runs a command and returns its exit status; None if it is too late to begin."""
         if self.stopped:
             return None
-        prepare = _die_with_parent if _PRCTL else None
+        prepare = _prepare_child if os.name == "posix" else None
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=prepare, **options)
         self._running.add(child)
         if self.stopped:  # meanwhile
@@ -73,9 +73,14 @@ class Children:
             child.kill()
 
 
-def _die_with_parent():
-    """Has a child end with the process that waits for it: else one that is killed leaves runs."""
-    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _prepare_child():
+    """Has a child listen to SIGINT, and end with the process that waits for it.
+
+    What a shell starts in the background ignores SIGINT, and its children do too.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if _PRCTL:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def train(snapshot, spec, out, cores, children):
@@ -85,18 +90,16 @@ def train(snapshot, spec, out, cores, children):
         snapshot: `Snapshot`, whose code runs.
         spec: `RunSpec`.
         out: `pathlib.Path`, the folder of this identity.
-        cores: int, number of CPU cores; 0 is the whole machine.
+        cores: int, 1 is a core of its own, 0 the whole machine.
         children: `Children`.
 
     Returns:
         bool, whether it was trained here; where another process trained it meanwhile, False.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with held(out / ".pool.lock", children), hold_cores(cores, children) as taken:
+    with held(out / ".pool.lock", children), on_cores(cores, children):
         if children.stopped or ended_run(out):
             return False
-        if taken:
-            os.sched_setaffinity(0, taken)  # of this thread; the child inherits it
         command = [sys.executable, str(snapshot.script(spec.script)), *spec.arguments]
         command += ["--results-only", "--out", str(out), "--resume"]
         with open(log_file(out), "a", encoding="utf-8") as file:
@@ -142,30 +145,47 @@ def held(path, children):
 
 
 @contextlib.contextmanager
-def hold_cores(count, children):
-    """Takes CPU cores that no other run of this machine has taken, and waits for them.
+def on_cores(count, children):
+    """Has this thread, and the processes that it starts, on CPU cores that no other run has.
 
     Args:
-        count: int; 0 is the whole machine, which one run at a time gets.
-
-    Yields:
-        Set of cores; None where cores cannot be chosen.
+        count: int, 1 is one core, 0 the whole machine.
+        children: `Children`, for the wait until there are cores.
     """
+    with _hold_cores(count, children) as taken:
+        before = os.sched_getaffinity(0) if taken else None
+        if taken:
+            os.sched_setaffinity(0, taken)
+        try:
+            yield
+        finally:
+            if taken:
+                os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def _hold_cores(count, children):
+    """Yields a set of cores, held by lock files; None for the whole machine."""
     folder = pathlib.Path(tempfile.gettempdir(), f"grug-keras-cores-{_user()}")
     folder.mkdir(exist_ok=True)
-    if not count or not hasattr(os, "sched_setaffinity"):
+    if not hasattr(os, "sched_setaffinity"):
         with held(folder / "all.lock", children):
             yield None
         return
     import filelock
 
     cores = sorted(os.sched_getaffinity(os.getpid()))
-    groups = [cores[i : i + count] for i in range(0, len(cores) - count + 1, count)]
+    if not count:
+        with contextlib.ExitStack() as stack:
+            for name in ("all", *cores):
+                stack.enter_context(held(folder / f"{name}.lock", children))
+            yield None
+        return
     while not children.stopped:
-        for group in groups:
-            lock = filelock.FileLock(folder / f"{group[0]}.lock", timeout=0)
+        for core in cores:
+            lock = filelock.FileLock(folder / f"{core}.lock", timeout=0)
             with contextlib.suppress(filelock.Timeout), lock:
-                yield set(group)
+                yield {core}
                 return
         time.sleep(_POLL_SECONDS)
     yield None

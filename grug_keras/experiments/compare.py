@@ -19,7 +19,7 @@ from grug_keras.training.record import seal
 MATCHES = ("tokens", "seconds")
 _TIMING_STEPS, _TIMING_TURNS = 40, 2
 # The two runs of a pair must agree in these, or their difference means nothing.
-_SHARED = (
+SHARED = (
     "backend",
     "device",
     "dtype",
@@ -32,7 +32,7 @@ _SHARED = (
     "versions",
 )
 # What a folder must keep when a comparison goes on: all but the seeds.
-_FIXED = ("scripts", "options", "match", "margin", "rates", "source", "until")
+_FIXED = ("scripts", "options", "match", "margin", "rates", "source", "first_seed", "until")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,14 +62,14 @@ class Design:
     def __post_init__(self):
         if not len(self.seeds) or self.seeds.start < 0 or self.seeds.step != 1:
             raise ValueError(f"seeds must be a count or FIRST:END, got {self.seeds}")
-        if self.seeds.stop > min(TUNING_SEEDS):
-            raise ValueError(f"seeds must be below {min(TUNING_SEEDS)}, which rates are tuned with")
         if not 0 < self.margin < 1:
             raise ValueError(f"margin must be a share of A's score in (0, 1), got {self.margin}")
         if self.match not in MATCHES:
             raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {self.match!r}")
         if self.until is not None:
             sequence(self.until)  # refuses one that is too small
+        if self.looks()[-1].stop > min(TUNING_SEEDS):
+            raise ValueError(f"seeds must be below {min(TUNING_SEEDS)}, which rates are tuned with")
 
     def looks(self):
         """Returns the ranges of seeds at which the plan looks at the verdict."""
@@ -131,6 +131,7 @@ class Comparison:
             "margin": design.margin,
             "rates": design.rates if isinstance(design.rates, str) else list(design.rates),
             "until": design.until,
+            "first_seed": design.seeds.start,
             "source": {side: snapshot.source(s.script) for side, s in self.sides.items()},
             "commit": snapshot.commit,
             "dirty": snapshot.dirty,
@@ -187,6 +188,7 @@ class Comparison:
         """
         taken = lock(self.folder)
         try:
+            self.plan = self._open_plan()  # another process may have gone on with it
             return self._run(tell)
         finally:
             taken.release()
@@ -277,7 +279,7 @@ class Comparison:
     def _pair(self, seed):
         """Returns the records of A and B of a seed, or refuses two that cannot be compared."""
         a, b = (self.pool.record(self._spec(side, seed)) for side in "ab")
-        for name in _SHARED:
+        for name in SHARED:
             x, y = get_field(a, name), get_field(b, name)
             if x != y:
                 raise ValueError(
@@ -292,7 +294,7 @@ class Comparison:
 
     def _finish(self, result, pairs):
         """Adds the times, and writes `comparison.json` and a picture."""
-        if result["time_ratio"] is None and self.design.match == "tokens":
+        if result["time_ratio"] is None:
             ms = self._milliseconds_per_step()
             ratio = ms["b"] / ms["a"]
             steps = self.plan["steps"]

@@ -25,7 +25,8 @@ def summarize(name, plan, pairs, looks=1):
 
     Returns:
         dict of `id`, `a` and `b` (see `results_file.group`, with `id`), `match`, `options`,
-        `rates`, `tuning`, `looks` and `looked` (numbers of pairs), `seeds`, `bits_per_byte` (of
+        `rates`, `tuning`, `looks` and `looked` (numbers of pairs), `seeds`, `b_was_known`
+        (whether all runs of B were there before this comparison), `bits_per_byte` (of
         `paired_test`), and the medians of B / A `time_ratio`, `step_time_ratio` and `flops_ratio`,
         where None is unknown: times are compared between runs that were made for it.
     """
@@ -44,6 +45,7 @@ def summarize(name, plan, pairs, looks=1):
         "looks": looks,
         "looked": plan["looked"],
         "seeds": [a["seed"] for a, _ in pairs],
+        "b_was_known": not any(b["identity"] in trained for _, b in pairs),
         "bits_per_byte": paired_test(*scores, margin=plan["margin"], looks=looks),
         "time_ratio": _median_ratio(timed, _seconds),
         "step_time_ratio": _median_ratio(timed, lambda record: record["ms_per_step"]),
@@ -148,6 +150,11 @@ def _warnings(result):
     if any(bits["diverged"]):
         a, b = bits["diverged"]
         yield f"diverged: {a} runs of A, {b} of B; they are in no mean, and count in the verdict"
+    if result["b_was_known"]:
+        yield (
+            "warning: all runs of B were there before: a margin or a number of seeds that was "
+            "chosen with them in mind is no plan"
+        )
     planned = 1 if result["until"] is None else result["looks"]
     if len(result["looked"]) > planned:
         yield (

@@ -4,12 +4,13 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 import threading
 
-from grug_keras.experiments.child import Children, hold_cores, train
+from grug_keras.experiments.child import Children, on_cores, train
 
 _MEMORY_OF_A_RUN = 2 * 2**30
 _DEVICE = """
@@ -40,7 +41,7 @@ class LocalExecutor:
     def __init__(self, small, jobs=None):
         can_choose = hasattr(os, "sched_setaffinity") and not _has_accelerator()
         self.cores = 1 if small and can_choose else 0
-        most = len(os.sched_getaffinity(0)) if self.cores else 1
+        most = _cores() if self.cores else 1
         self.jobs = min(most, max(1, _memory() // _MEMORY_OF_A_RUN)) if jobs is None else jobs
         if self.jobs > most:
             raise ValueError(f"jobs={jobs}: this machine trains {most} of these runs at once")
@@ -50,15 +51,8 @@ class LocalExecutor:
 
         Asked in a process of its own, since a process that looks at a TPU keeps it.
         """
-        with hold_cores(self.cores, Children()) as taken:
-            before = os.sched_getaffinity(0) if taken else None
-            if taken:
-                os.sched_setaffinity(0, taken)
-            try:
-                return _ask_for_device(backend)
-            finally:
-                if taken:
-                    os.sched_setaffinity(0, before)
+        with on_cores(self.cores, Children()):
+            return _ask_for_device(backend)
 
     def run(self, snapshot, specs, pool):
         """Trains runs.
@@ -83,7 +77,9 @@ class LocalExecutor:
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
         except BaseException as error:
-            children.stop(tell=not isinstance(error, KeyboardInterrupt))
+            # A terminal has sent Ctrl-C to the children too.
+            told = isinstance(error, KeyboardInterrupt) and sys.stdin.isatty()
+            children.stop(tell=not told)
             threads.shutdown(wait=False, cancel_futures=True)
             _wait(threads, children)
             raise
@@ -139,8 +135,29 @@ def _has_accelerator():
 
 
 def _memory():
-    """Returns the bytes of memory of this machine; where it does not say, enough for one run."""
+    """Returns the bytes of memory of this machine, or of its container; enough for one if unknown.
+
+    The limit of a container is that of control groups, version 2:
+    https://docs.kernel.org/admin-guide/cgroup-v2.html.
+    """
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return _MEMORY_OF_A_RUN
+    limit = _control_group("memory.max")[0]
+    return min(whole, int(limit)) if limit.isdecimal() else whole
+
+
+def _cores():
+    """Returns the number of cores that this process may choose from, and has the time of."""
+    chosen = len(os.sched_getaffinity(0))
+    quota, period = (*_control_group("cpu.max"), "", "")[:2]
+    return max(1, min(chosen, int(quota) // int(period))) if quota.isdecimal() else chosen
+
+
+def _control_group(name):
+    """Returns the words of a file of this process's control group; "" where there is none."""
+    try:
+        return pathlib.Path("/sys/fs/cgroup", name).read_text().split() or [""]
+    except OSError:
+        return [""]

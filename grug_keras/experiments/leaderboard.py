@@ -14,6 +14,7 @@ from grug_keras.experiments.results_file import (
     settings_key,
     verdict_in_words,
 )
+from grug_keras.experiments.statistics import ALPHA
 
 PAGE, PICTURE = "docs/leaderboard.md", "docs/leaderboard.png"
 _HEAD = f"""# Leaderboard
@@ -83,7 +84,7 @@ def _row(checkout, name, one):
 
     entry = Archive(checkout).entries.get(name)
     device, flops = one["device"], one["flops_per_token"]
-    cores = f", {device['cpu_cores']} cores" if device["kind"] == "cpu" else ""
+    cores = f", {device['cpu_cores']} of its cores" if device["kind"] == "cpu" else ""
     scores = [run["bits_per_byte"] for run in one["runs"] if run["bits_per_byte"] is not None]
     return {
         "rank": None,
@@ -131,7 +132,7 @@ def _verdict(checkout, name, one):
 
 
 def _rank(table):
-    """Gives each row the rank of the first row above whose interval overlaps with its own."""
+    """Ranks rows in blocks: those whose interval overlaps with that of the first of a block."""
     leader = None
     for place, row in enumerate(table, 1):
         if row["half_interval"] is None:
@@ -166,7 +167,8 @@ def verdicts(checkout):
                     "share": bits["difference"] and bits["difference"] / bits["mean"],
                     "detectable": bits["detectable"] and bits["detectable"] / bits["mean"],
                     "n": bits["n"],
-                    "p": bits["p_t"],
+                    # At a look of several, a p at its level is worth as much as 5% at one.
+                    "p": bits["p_t"] and min(1.0, bits["p_t"] * ALPHA / (1 - bits["confidence"])),
                 }
             )
     known = sorted((row for row in found if row["p"] is not None), key=lambda row: row["p"])
@@ -196,11 +198,11 @@ def page(checkout):
 
 def _verdicts_as_markdown(judged):
     shown = [row for row in judged if row["verdict"] in ("better", "worse")]
-    stand = [row for row in shown if (row["p_adjusted"] or 1) < 0.05]
+    stand = [row for row in shown if (row["p_adjusted"] or 1) < ALPHA]
     tested = sum(row["p"] is not None for row in judged)
     text = (
         f"## Verdicts\n\n{len(judged)} comparisons, {len(shown)} of them better or worse. If none "
-        f"changed anything, {0.05 * tested:.2g} of {tested} would be called so by chance; "
+        f"changed anything, {ALPHA * tested:.2g} of {tested} would be called so by chance; "
         f"{len(stand)} stand at a false discovery rate of 5% (Benjamini-Hochberg, the last column)."
         "\n\n"
     )
@@ -300,9 +302,9 @@ def _draw_scores(axes, rows):
 
 def _draw_losses(axes, rows):
     late = []
-    for row in rows[:8]:  # more lines than colours tell nothing
-        if row["curve"]:
-            steps, loss = zip(*row["curve"], strict=True)
+    for row in [row for row in rows if row["curve"]][:8]:  # more lines than colours tell nothing
+        steps, loss = zip(*row["curve"], strict=True)
+        if all(map(math.isfinite, loss)):
             axes.plot(steps, loss, linewidth=1.2, label=row["experiment"])
             late += loss[len(loss) // 10 :]
     if late:

@@ -1,10 +1,12 @@
 """Trains runs on the workers of a Ray cluster, one core each."""
 
+import contextlib
 import io
 import pathlib
 import tarfile
 import tempfile
 
+from grug_keras.data.files import write_atomically
 from grug_keras.experiments.child import Children, ended_run, log_file, train
 from grug_keras.experiments.executors import LocalExecutor
 from grug_keras.experiments.snapshot import Snapshot
@@ -50,7 +52,8 @@ class RayExecutor:
 
     def device(self, backend):
         """Returns what `provenance.device` says in a run of a backend, on some node."""
-        return self.ray.get(self._remote(_device).remote(self.cores, backend))
+        with self._one_line_errors():
+            return self.ray.get(self._remote(_device).remote(self.cores, backend))
 
     def run(self, snapshot, specs, pool):
         """Trains runs; as `LocalExecutor.run`."""
@@ -62,7 +65,8 @@ class RayExecutor:
             waiting = list(tasks)
             while waiting:
                 (done,), waiting = self.ray.wait(waiting, num_returns=1)
-                trained, files = self.ray.get(done)
+                with self._one_line_errors():
+                    trained, files = self.ray.get(done)
                 _write(pool / tasks[done].folder, files)
                 yield tasks[done], trained
         except BaseException:
@@ -71,7 +75,21 @@ class RayExecutor:
             raise
 
     def _remote(self, function):
-        return self.ray.remote(num_cpus=self.cores or 1, max_retries=_RETRIES)(function)
+        if self.cores:
+            return self.ray.remote(num_cpus=self.cores, max_retries=_RETRIES)(function)
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        whole = {
+            "num_cpus": min(node.get("CPU", 1) for node in nodes),
+            "num_gpus": min(node.get("GPU", 0) for node in nodes),
+        }
+        return self.ray.remote(**whole, max_retries=_RETRIES)(function)
+
+    @contextlib.contextmanager
+    def _one_line_errors(self):
+        try:
+            yield
+        except self.ray.exceptions.RayError as error:
+            raise ValueError(f"Ray: {str(error).strip().splitlines()[-1]}") from error
 
 
 def _device(cores, backend):
@@ -82,7 +100,7 @@ def _device(cores, backend):
 
 def _train(packed, spec, out, cores):
     """Runs on a worker; returns whether it trained, and the files of the run."""
-    out = pathlib.Path(out)
+    out = _folder(out)
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(packed)) as files:
             files.extractall(folder, filter="data")
@@ -94,6 +112,16 @@ def _train(packed, spec, out, cores):
     return trained, {str(path.relative_to(out)): path.read_bytes() for path in paths}
 
 
+def _folder(out):
+    """Returns the folder of a run, or one of this node where the driver's cannot be made."""
+    out = pathlib.Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+    except OSError:
+        return pathlib.Path(tempfile.gettempdir(), "grug-keras-pool", *out.parts[-2:])
+
+
 def _pack(folder):
     """Returns the files of a folder as a tar file, bytes."""
     packed = io.BytesIO()
@@ -103,8 +131,8 @@ def _pack(folder):
 
 
 def _write(out, files):
-    """Writes the files of a run, unless the node has the same file system."""
-    for name, content in sorted(files.items(), reverse=True):  # results.json last
-        if not (out / name).is_file():
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            (out / name).write_bytes(content)
+    """Writes the files of a run, the record last; it may be where the worker has put them."""
+    for name, content in sorted(files.items(), key=lambda item: item[0].endswith("results.json")):
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary, content=content: temporary.write_bytes(content))

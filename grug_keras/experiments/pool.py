@@ -1,6 +1,7 @@
 """The runs of a checkout by identity: none is trained twice."""
 
 import pathlib
+import shutil
 
 from grug_keras.experiments.child import ended_run, log_file
 from grug_keras.experiments.results_file import read_sealed
@@ -78,8 +79,19 @@ class RunPool:
         folder = self.run_folder(spec)
         record = read_sealed(folder / "results.json")
         if record["identity"] != spec.identity:
+            self._refile(folder, spec, record["identity"])
             raise ValueError(
-                f"{folder} is not the run that was asked for: code, libraries, data or device "
-                f"({record['device']}) differ from those of this command"
+                f"{record['id']} is not the run that was asked for: libraries, data or device "
+                f"({record['device']}) are not those that this command found; ask again, on equal "
+                "machines"
             )
         return record
+
+    def _refile(self, folder, spec, identity):
+        """Moves a run to the folder of its own identity, if that has none."""
+        right = (self.folder / spec.folder).with_name(identity or "unknown") / folder.name
+        if not right.exists():
+            right.parent.mkdir(exist_ok=True)
+            folder.rename(right)
+        else:
+            shutil.rmtree(folder)

@@ -24,11 +24,15 @@ def record(checkout, folder):
         ValueError: if a run is not finished, is of no commit's code, or was edited.
     """
     folder, archive = pathlib.Path(folder), Archive(checkout)
+    if checkout.is_shallow():
+        raise ValueError("this is a shallow clone: run `git fetch --unshallow`, then record again")
     if (folder / "comparison.json").is_file():
         return _record_comparison(checkout, archive, folder)
     if not (folder / "results.json").is_file():
         raise ValueError(f"{folder} holds no run and no comparison")
     run = read_sealed(folder / "results.json")
+    if "identity" not in run:
+        raise ValueError(f"{folder} is of an earlier version, without identity: run it again")
     entry = archive.find(f"speedruns/{run['experiment']}.py")
     if run["status"] != "finished" or run["bits_per_byte"] is None:
         raise ValueError(f"run {run['id']} is {run['status']}: --resume it, then record it")
@@ -43,6 +47,8 @@ def record(checkout, folder):
 
 def _record_comparison(checkout, archive, folder):
     comparison = read_sealed(folder / "comparison.json")
+    if "pairs" not in comparison:
+        raise ValueError(f"{folder} is of an earlier version: compare again, with another --out")
     entries = {side: archive.find(comparison[side]["path"]) for side in "ab"}
     if entries["a"].id == entries["b"].id:
         raise ValueError(f"{folder} compares {entries['a'].id} with itself: nothing to record")

@@ -1,5 +1,6 @@
 """Runs an experiment again as it was: its command, with the core of its commit."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -35,7 +36,7 @@ def reproduce(checkout, name, out="runs", options=()):
     if entry.path is None:
         raise ValueError(f"{entry.id} has no Path: correct the entry")
     groups = ResultsFile(checkout.root, entry.id).own_groups()
-    known = {**groups[-1], **groups[-1]["runs"][0]} if groups else None
+    known = _known_run(groups[-1]) if groups else None
     commit = _commit_to_run(checkout, entry, known)
     arguments = [*(shlex.split(known["command"])[2:] if known else []), *options]
     out = new_run_folder(pathlib.Path(out).resolve(), f"reproduce-{entry.id}")
@@ -47,11 +48,32 @@ def reproduce(checkout, name, out="runs", options=()):
         if known:
             environment["KERAS_BACKEND"] = known["backend"]
         script = tree / entry.path
-        status = run_script(script, [*arguments, "--out", str(out)], env=environment)
+        with _cores_of(known):
+            status = run_script(script, [*arguments, "--out", str(out)], env=environment)
     found = list(out.glob("*/results.json"))
     if status or not found:
         raise ValueError(f"{entry.id} at {commit[:10]} ended with status {status}")
     return json.loads(found[0].read_text(encoding="utf-8")), known
+
+
+def _known_run(group):
+    """Returns the run of a group that its command makes, with what it shares with the others."""
+    run = next(run for run in group["runs"] if run["seed"] == group["command_seed"])
+    return {**group, **run}
+
+
+@contextlib.contextmanager
+def _cores_of(known):
+    """On as many cores as the recorded run had, where that can be chosen: it moves last digits."""
+    wanted = known["device"]["cpu_cores"] if known else 0
+    before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    if 0 < wanted < len(before):
+        os.sched_setaffinity(0, sorted(before)[:wanted])
+    try:
+        yield
+    finally:
+        if before:
+            os.sched_setaffinity(0, before)
 
 
 def _commit_to_run(checkout, entry, known):

@@ -154,8 +154,12 @@ class ResultsFile:
 
         It holds the newest comparison of each number of steps, the shortest first.
         """
+        return " / ".join(map(_verdict_line, self.quoted())) or None
+
+    def quoted(self):
+        """Returns the newest comparison of each number of steps, the shortest first."""
         newest = {c["b"]["steps"]: c for c in self.comparisons}
-        return " / ".join(_verdict_line(newest[steps]) for steps in sorted(newest)) or None
+        return [newest[steps] for steps in sorted(newest)]
 
 
 def _verdict_line(comparison):
@@ -167,6 +171,7 @@ def _verdict_line(comparison):
         text += f" ({found['confidence']:.0%} {found['low']:+.4f} to {found['high']:+.4f}, "
         text += f"p = {found['p_t']:.2g}, {found['n']} seeds, 80% power for "
         text += f"{found['detectable']:.4f})"
+    text += looks_in_words(comparison)
     rates = [side["recipe"]["learning_rate"] for side in (b, a)]
     tuned = "each at its best rate" if comparison["tuning"] else "at rates"
     costs = [ratio_in_words(comparison[name]) for name in ("time_ratio", "flops_ratio")]
@@ -174,6 +179,15 @@ def _verdict_line(comparison):
         f"{text} at equal {comparison['match']}, {tuned} ({rates[0]:g} for {rates[1]:g}); "
         f"{costs[0]} its time, {costs[1]} its FLOPs"
     )
+
+
+def looks_in_words(comparison):
+    """Says how a verdict was looked at against its plan, or nothing."""
+    looked = len(comparison["looked"])
+    planned = 1 if comparison["until"] is None else comparison["looks"]
+    if looked > planned:
+        return f", looked at {looked} times unplanned"
+    return f", at look {looked} of {planned}" if planned > 1 else ""
 
 
 def group(records, path):
@@ -184,26 +198,25 @@ def group(records, path):
         path: str, the script, relative to the checkout.
 
     Returns:
-        dict of what the runs share, with `path`, `command` (of the first run), `seq_len`, `curve`
-        (mean training loss by step) and `runs`, a dict each.
+        dict of what the runs share, with `path`, `command` (of the run with `command_seed`),
+        `seq_len`, `curve` (mean training loss by step) and `runs`, a dict each.
     """
     # One that diverged has not done all of its steps.
     first = next((r for r in records if r["status"] == "finished"), records[0])
     return {
         "path": path,
         "command": portable_command(first["command"], path),
+        "command_seed": first["seed"],
         **{name: first[name] for name in _SHARED},
         "seq_len": first["config"]["max_seq_len"],
-        "curve": _mean_curve([record["curve"] for record in records]),
+        "curve": _mean_curve([r["curve"] for r in records if r["status"] == "finished"]),
         "runs": [{name: record[name] for name in _OF_A_RUN} for record in records],
     }
 
 
 def _mean_curve(curves):
-    """Returns `[step, loss]` points, the mean over curves of one length; those of others are left
-    out, as of runs that diverged."""
-    most = max(map(len, curves))
-    rows = zip(*(curve for curve in curves if len(curve) == most), strict=True)
+    """Returns `[step, loss]` points, the mean over curves; empty without any."""
+    rows = zip(*curves, strict=True)
     return [[row[0][0], round(statistics.fmean(loss for _, loss in row), 4)] for row in rows]
 
 
@@ -285,7 +298,8 @@ def portable_command(command, path):
         path: str, the script, relative to the checkout.
 
     Returns:
-        str, the command without `--out` and `--resume`, which name folders of one machine.
+        str, the command without `--out` and `--resume`, which name folders of one machine, and
+        without `--results-only`.
     """
     words, kept = shlex.split(command)[2:], []
     while words:
@@ -293,6 +307,6 @@ def portable_command(command, path):
         if word in ("--out", "--resume"):
             if words and not words[0].startswith("--"):
                 words.pop(0)
-        elif not word.startswith(("--out=", "--resume=")):
+        elif word != "--results-only" and not word.startswith(("--out=", "--resume=")):
             kept.append(word)
     return shlex.join(["python", path, *kept])

@@ -10,7 +10,7 @@ from grug_keras.experiments.script import load_speedrun
 from grug_keras.training.identity import run_identity
 from grug_keras.training.model_config import size_config
 from grug_keras.training.options import read_arguments
-from grug_keras.training.provenance import versions
+from grug_keras.training.provenance import flags, versions
 from grug_keras.training.run import VALIDATION_BYTES
 import keras
 
@@ -72,6 +72,7 @@ class Side:
         identity = run_identity(
             source=snapshot.source(self.script),
             versions=_versions(),
+            flags=flags(),
             recipe=recipe,
             options=options,
             config=config,

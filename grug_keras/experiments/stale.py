@@ -2,7 +2,7 @@
 
 from grug_keras.experiments.archive import Archive
 from grug_keras.experiments.results_file import ResultsFile
-from grug_keras.training.source import PARTS, code_hash, source_of, text_hash
+from grug_keras.training.source import NO_NUMBERS, PARTS, code_hash, source_of, text_hash
 
 _FOLDERS = {"ops": "ops", "core": "grug_keras"}
 
@@ -44,6 +44,7 @@ def _describe(checkout, entry, commit, part):
         for name in names
         if name.endswith(".py") and (deep or name.count("/") == 1)
     ]
+    files = [f for f in files if not (part == "training" and f in NO_NUMBERS)]
     files = [f for f in files if _code_changed(checkout, commit, f"{folder}/{f}")]
     return f"{part} changed ({', '.join(files)})" if files else f"{part} changed"
 

@@ -5,6 +5,7 @@ import statistics
 
 BETTER, WORSE, EQUIVALENT, NOT_SHOWN = "better", "worse", "equivalent", "not shown"
 ALPHA, POWER = 0.05, 0.8
+_MOST_EXACT, _RESAMPLES = 13, 9999  # of the permutation test: 2**13 is below 9,999
 # Pocock's levels of each of K equally spaced looks, for 5% in all, two-sided (Pocock, Biometrika
 # 64, 1977; Jennison and Turnbull, Group Sequential Methods, 1999, table 2.1).
 LEVELS = {1: 0.05, 2: 0.0294, 3: 0.0221, 4: 0.0182, 5: 0.0158}
@@ -28,7 +29,8 @@ def paired_test(a, b, margin=0.005, looks=1):
         looks: int, 1 to 5, how many times the plan looks at the data; each look has its own level.
 
     Returns:
-        dict of `n` (pairs in the mean), `diverged` (of A, of B), `mean` (of A), `difference`
+        dict of `n` (pairs in the mean), `diverged` (of A, of B), `p_diverged` (of the sign test
+        over pairs in which one side diverged), `mean` (of A), `difference`
         (mean of b - a), `deviation` (standard deviation of the differences), `margin` (in bits),
         `confidence`, `low` and `high` (the interval of the difference), `p_t`, `p_permutation`,
         `p_equivalent` (the larger of the two one-sided tests'),
@@ -52,13 +54,17 @@ def paired_test(a, b, margin=0.005, looks=1):
     result = {
         "n": len(pairs),
         "diverged": [a.count(None), b.count(None)],
+        "p_diverged": _sign_p(
+            sum(x is None and y is not None for x, y in zip(a, b, strict=True)),
+            sum(y is None and x is not None for x, y in zip(a, b, strict=True)),
+        ),
         "mean": mean,
         "difference": statistics.fmean(differences) if pairs else None,
         "deviation": None,
         "margin": margin * mean if pairs else None,
         "confidence": 1 - level,
         **dict.fromkeys(("low", "high", "p_t", "p_permutation", "p_equivalent")),
-        "least_p": 2 / 2 ** len(pairs),
+        "least_p": _least_p(len(pairs)),
         **dict.fromkeys(("detectable", "pairs_for_margin")),
     }
     if len(pairs) > 1:
@@ -76,7 +82,7 @@ def paired_test(a, b, margin=0.005, looks=1):
 def _verdict(result):
     """Returns the verdict on B of all other figures."""
     more = result["diverged"][1] - result["diverged"][0]
-    if more and _sign_p(*result["diverged"]) < ALPHA:
+    if more and result["p_diverged"] < 1 - result["confidence"]:
         return WORSE if more > 0 else BETTER
     found = NOT_SHOWN
     if result["low"] is not None:
@@ -94,7 +100,12 @@ def _sign_p(x, y):
     """Returns the two-sided p of x events on one side and y on the other, if both are as likely."""
     import scipy.stats
 
-    return float(scipy.stats.binomtest(x, x + y).pvalue)
+    return float(scipy.stats.binomtest(x, x + y).pvalue) if x + y else 1.0
+
+
+def _least_p(pairs):
+    """Returns the least p that `_permutation_p` can give."""
+    return min(1.0, 2 / 2**pairs) if pairs <= _MOST_EXACT else 2 / (_RESAMPLES + 1)
 
 
 def _check_scores(a, b, looks):
@@ -131,7 +142,7 @@ def _equivalence_p(differences, margin):
 def _permutation_p(differences):
     """Returns the two-sided p of a sign-flip test of a mean of zero (Fisher, 1935).
 
-    Up to 13 differences all signs are tried, else 9,999 random ones.
+    Up to 13 differences all signs are tried, else 9,999 random choices of them.
     """
     import numpy as np
     import scipy.stats
@@ -140,7 +151,7 @@ def _permutation_p(differences):
         (np.asarray(differences),),
         np.mean,
         permutation_type="samples",
-        n_resamples=9999,
+        n_resamples=_RESAMPLES,
         vectorized=True,
         rng=np.random.default_rng(0),
     )

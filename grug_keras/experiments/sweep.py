@@ -1,8 +1,11 @@
 """Brackets the best learning rate, or weight decay, of an experiment."""
 
 import dataclasses
+import json
 import math
 import statistics
+
+from grug_keras.optimizers import set_weight_decay
 
 # No comparison uses these seeds: a rate that was chosen with a seed would be judged by it.
 TUNING_SEEDS = (1000, 1001)
@@ -132,12 +135,35 @@ def start_of(side, name):
         ValueError: if there is none.
     """
     value = getattr(side.recipe, name)
-    if value is None:  # a weight decay that the optimizer has
-        value = side.module.build_optimizer(side.recipe.schedule()).weight_decay
+    if name == "weight_decay":
+        optimizer = side.module.build_optimizer(side.recipe.schedule())
+        own = optimizer.weight_decay
+        set_weight_decay(optimizer, value or 1.0)  # refuses an optimizer that has none
+        value = own if value is None else value
     if not value:
         flag = f"--{name.replace('_', '-')}"
         raise ValueError(f"{side.name} has no {name}: start with {flag} VALUE in the options")
     return value
+
+
+def check_folder(folder, asked):
+    """Refuses a folder that holds a sweep of another script or with other options.
+
+    Args:
+        folder: `pathlib.Path`.
+        asked: dict of `script` and `options`.
+
+    Raises:
+        ValueError: names the difference.
+    """
+    file = folder / "sweep.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else asked
+    for name, value in asked.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{folder} holds a sweep with {name} {found.get(name)}, not {value}: choose "
+                "another --out"
+            )
 
 
 def draw(result, path, title):

@@ -5,7 +5,9 @@ import hashlib
 import json
 
 
-def run_identity(*, source, versions, recipe, options, config, data, tokenizer, backend, device):
+def run_identity(
+    *, source, versions, flags, recipe, options, config, data, tokenizer, backend, device
+):
     """Hashes all that makes the numbers of a run.
 
     Neither the commit nor a path is part of it: files that make no number may change, branches
@@ -14,6 +16,7 @@ def run_identity(*, source, versions, recipe, options, config, data, tokenizer, 
     Args:
         source: dict, of `source.source_of`.
         versions: dict of library -> version.
+        flags: dict, of `provenance.flags`.
         recipe: `Recipe`.
         options: `RunOptions`.
         config: `GrugConfig` that the script is given.
@@ -28,6 +31,7 @@ def run_identity(*, source, versions, recipe, options, config, data, tokenizer, 
     made_of = {
         "source": source,
         "versions": versions,
+        "flags": flags,
         "recipe": dataclasses.asdict(recipe),
         "options": [options.size, options.packing, options.seed, options.dtype_policy],
         "mesh": options.mesh,

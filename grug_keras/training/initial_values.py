@@ -27,16 +27,16 @@ def initial_values_by_path(seed):
 
     @functools.wraps(add_weight)
     def seeded(layer, *args, **kwargs):
+        kwargs |= dict(zip(("shape", "initializer", "dtype"), args, strict=False))
         # Without the model's name, which is that of its class.
         where = layer.name if layer.path is None else layer.path.partition("/")[2]
-        name = f"{where}/{kwargs.get('name')}"
-        shape = args[0] if args else kwargs.get("shape", ())
-        seen[name, str(shape)] += 1  # some have no path yet, as those made in `__init__`
-        keras.utils.set_random_seed(_hash(seed, name, shape, seen[name, str(shape)]))
+        name, shape = f"{where}/{kwargs.get('name')}", str(kwargs.get("shape", ()))
+        seen[name, shape] += 1  # some have no path yet, as those made in `__init__`
+        keras.utils.set_random_seed(_hash(seed, name, shape, seen[name, shape]))
         if isinstance(kwargs.get("initializer"), keras.initializers.Initializer):
             # Made earlier, it has drawn its seed already; a copy draws again, unless it has one.
             kwargs["initializer"] = kwargs["initializer"].clone()
-        return add_weight(layer, *args, **kwargs)
+        return add_weight(layer, **kwargs)
 
     def seed_noise(model):
         for generator, path in _seed_generators(model):

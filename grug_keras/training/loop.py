@@ -17,7 +17,7 @@ from grug_keras.training.profile import Profile
 from grug_keras.training.record import RunRecord
 import keras
 
-_SECONDS_BETWEEN_CHECKPOINTS = 600  # of a run that leaves its results alone
+_SECONDS_BETWEEN_CHECKPOINTS = 600  # at least, of a run of which only the results matter
 
 
 @dataclasses.dataclass

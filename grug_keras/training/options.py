@@ -41,8 +41,8 @@ class RunOptions:
             one in `out` of this script, size and seed, or a new one.
         profile: int, steps that are traced after the first ones, into the run's folder `trace`.
         norms: bool, whether the norms of gradients, parameters and updates are logged by role.
-        results_only: bool, whether record and curve are all that the run leaves: no sample, picture
-            or model, and a checkpoint only each ten minutes, until the end.
+        results_only: bool, whether the run writes record and curve alone: no sample, picture or
+            model, and checkpoints at least ten minutes apart, which go when it has ended.
         log: names of `sinks.SINKS`, where the metrics go besides the run folder.
     """
 
@@ -111,7 +111,7 @@ class RunOptions:
         False, "Log the norms of gradients, parameters and updates by role.", is_flag=True
     )
     results_only: bool = _option(
-        False, "Leave record and curve alone: no sample, picture or model.", is_flag=True
+        False, "Write record and curve, no sample, picture or model.", is_flag=True
     )
     log: tuple = _option(
         (), "Where metrics go as well.", multiple=True, type=click.Choice(list(SINKS))

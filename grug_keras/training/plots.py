@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import pathlib
 import statistics
 
@@ -130,13 +131,23 @@ def plot_comparison(result, records, path):
             pairs.plot((0, 1), scores, color="0.6", linewidth=1, zorder=1)
     by_time = result["match"] == "seconds"
     for place, color in enumerate(("tab:blue", "tab:orange")):
-        for number, record in enumerate(both[place] for both in records):
+        for record in (both[place] for both in records):
             if record["bits_per_byte"] is not None:
                 pairs.scatter(place, record["bits_per_byte"], color=color, zorder=2)
-            label = f"{'AB'[place]}: {result['ab'[place]]['id']}" if number == 0 else None
-            steps, loss = zip(*record["curve"], strict=True)
+            points = [point for point in record["curve"] if math.isfinite(point[1])]
+            if not points:
+                continue
+            steps, loss = zip(*points, strict=True)
             x = [step * (record["ms_per_step"] or 0) / 1e3 for step in steps] if by_time else steps
-            losses.plot(x, loss, color=color, linewidth=0.9, label=label)
+            losses.plot(x, loss, color=color, linewidth=0.6, alpha=0.25)
+        side = result["ab"[place]]
+        if side["curve"]:  # the mean of those that ended well
+            steps, loss = zip(*side["curve"], strict=True)
+            medians = [run["ms_per_step"] or 0 for run in side["runs"]]
+            scale = statistics.median(medians) / 1e3 if by_time else 1
+            x = [step * scale for step in steps]
+            label = f"{'AB'[place]}: {side['id']}"
+            losses.plot(x, loss, color=color, linewidth=1.8, label=label, zorder=3)
     pairs.set_xticks((0, 1), labels=("A", "B"))
     pairs.set_xlim(-0.3, 1.3)
     pairs.set_ylabel("bits per byte (validation)")
@@ -146,7 +157,8 @@ def plot_comparison(result, records, path):
         pairs.set_title(f"B - A: {bits['difference']:+.4f}", fontsize=10)
     losses.set_xlabel("training seconds" if by_time else "step")
     late = [y for line in losses.lines for y in line.get_ydata()[len(line.get_ydata()) // 20 :]]
-    losses.set_ylim(min(late) - 0.02 * (max(late) - min(late)), max(late))
+    if late:
+        losses.set_ylim(min(late) - 0.02 * (max(late) - min(late)), max(late))
     losses.set_title(f"{bits['verdict']}, at equal {result['match']}", fontsize=10)
     _label_losses(losses)
     losses.set_ylabel("training loss (nats per token)")

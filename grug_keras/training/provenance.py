@@ -15,6 +15,7 @@ SNAPSHOT = "snapshot.json"
 _PACKAGES = (
     "keras",
     "jax",
+    "jaxlib",
     "tensorflow",
     "torch",
     "numpy",
@@ -37,10 +38,10 @@ def git_state(script):
         them; other files make no numbers.
     """
     script = pathlib.Path(script).resolve()
-    marker = script.parent.parent / SNAPSHOT
-    if marker.is_file():
-        said = json.loads(marker.read_text(encoding="utf-8"))
-        return said["commit"], said["dirty"]
+    for folder in script.parents:
+        if (folder / SNAPSHOT).is_file():
+            said = json.loads((folder / SNAPSHOT).read_text(encoding="utf-8"))
+            return said["commit"], said["dirty"]
 
     def git(*arguments):
         command = ["git", "-C", str(script.parent), *arguments]
@@ -56,6 +57,15 @@ def git_state(script):
     theirs = (top / "grug_keras").resolve()
     imported = package == theirs or source_of(script) == source_of(script, theirs)
     return commit, bool(changed) or not imported
+
+
+# Variables of the environment that change how numbers are computed.
+_FLAGS = ("XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64", "TF_ENABLE_ONEDNN_OPTS")
+
+
+def flags():
+    """Returns the variables of the environment that change how numbers are computed, if set."""
+    return {name: os.environ[name] for name in _FLAGS if os.environ.get(name)}
 
 
 def versions():

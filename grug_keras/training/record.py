@@ -12,7 +12,7 @@ from grug_keras import distribution
 from grug_keras.data.files import write_json
 from grug_keras.tpu.flops import MFU_CONVENTION, flops_per_token
 from grug_keras.training.identity import run_identity
-from grug_keras.training.provenance import device, git_state, versions
+from grug_keras.training.provenance import device, flags, git_state, versions
 from grug_keras.training.source import source_of
 import keras
 
@@ -75,6 +75,7 @@ class RunRecord:
         device: dict, see `provenance.device`.
         mesh: dict or None, see `distribution.describe_mesh`.
         versions: dict of library -> version.
+        flags: dict of variables of the environment that change how numbers are computed.
         parameters, parameters_non_embedding: int.
         flops_per_token: int, by `mfu_convention`.
         steps, tokens: int, trained so far.
@@ -124,6 +125,7 @@ class RunRecord:
     device: dict
     mesh: dict | None
     versions: dict
+    flags: dict
     parameters: int
     parameters_non_embedding: int
     flops_per_token: int
@@ -185,6 +187,7 @@ def new_record(run, model):
     origin = {
         "source": source_of(run.script),
         "versions": versions(),
+        "flags": flags(),
         "backend": keras.config.backend(),
         "device": device(),
     }

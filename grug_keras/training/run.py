@@ -217,7 +217,8 @@ class Run:
             record.save_if_there_is_room(self.folder.results)
             self.folder.unlock()
         if self.options.results_only:
-            shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
+            if record.status in ("finished", "diverged"):  # no run goes on from there
+                shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
             return
         plot_curve(
             self.folder.curve,

@@ -75,8 +75,13 @@ class Setting:
 def train(script, setting, seed, data):
     """Returns the scores of one run, a dict of name -> bits per byte."""
     config = size_config("smoke", data.tokenizer.vocab_size)
-    recipe = Recipe(steps=setting.steps, batch_size=setting.batch, learning_rate=setting.rate,
-                    warmup=setting.warmup, cooldown=setting.cooldown)  # fmt: skip
+    recipe = Recipe(
+        steps=setting.steps,
+        batch_size=setting.batch,
+        learning_rate=setting.rate,
+        warmup=setting.warmup,
+        cooldown=setting.cooldown,
+    )
     with initial_values_by_path(seed) as seed_noise:
         model = script.build_model(config)
         model.build()
@@ -85,9 +90,13 @@ def train(script, setting, seed, data):
 
     def batches(tokens, size, **options):
         return TokenBatches(
-            tokens, bos_id=data.tokenizer.bos_id, seq_len=config.max_seq_len, batch_size=size,
-            rows=distribution.local_rows(size, 1), **options,
-        )  # fmt: skip
+            tokens,
+            bos_id=data.tokenizer.bos_id,
+            seq_len=config.max_seq_len,
+            batch_size=size,
+            rows=distribution.local_rows(size, 1),
+            **options,
+        )
 
     tail, parts = Tail(setting.steps), Parts()
     training = batches(data.train, setting.batch, steps=setting.steps, seed=seed)
@@ -103,8 +112,10 @@ def train(script, setting, seed, data):
         model.trainable_variables, zip(*tail.weights, strict=True), strict=True
     ):
         variable.assign(np.mean(values, axis=0))
-    found = {f"{share:.0%} of the slice": float(last[: int(share * len(last))].mean())
-             for share in SHARES}  # fmt: skip
+    found = {
+        f"{share:.0%} of the slice": float(last[: int(share * len(last))].mean())
+        for share in SHARES
+    }
     found["averaged weights"] = float(evaluate().mean())
     found["training loss"] = statistics.fmean(tail.losses) / math.log(2)
     keras.backend.clear_session()

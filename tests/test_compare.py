@@ -97,8 +97,13 @@ def test_each_side_runs_at_its_own_best_rate_and_tuning_seeds_do_not_count(bench
 def test_pairs_run_in_turns_at_the_same_rate_if_asked_for(bench):
     _, runs = bench(rates="same", seeds=3)
     assert [(name[11:], seed) for name, seed, _, _ in runs] == [
-        ("starter", 0), ("sink", 0), ("sink", 1), ("starter", 1), ("starter", 2), ("sink", 2),
-    ]  # fmt: skip
+        ("starter", 0),
+        ("sink", 0),
+        ("sink", 1),
+        ("starter", 1),
+        ("starter", 2),
+        ("sink", 2),
+    ]
     assert {rate for _, _, rate, _ in runs} == {0.007}
 
 
@@ -132,8 +137,11 @@ def test_times_are_of_runs_that_were_made_for_it(bench):
     bench.executor.ms = {"grugformer_sink": 20.0}
     result, runs = bench(seeds=3, out="again")
     assert [(name[11:], steps) for name, _, _, steps in runs] == [
-        ("starter", 40), ("sink", 40), ("sink", 40), ("starter", 40)
-    ]  # fmt: skip
+        ("starter", 40),
+        ("sink", 40),
+        ("sink", 40),
+        ("starter", 40),
+    ]
     assert result["step_time_ratio"] == 2.0, "measured again, in turns"
 
 
@@ -284,8 +292,9 @@ def test_comparisons_that_are_no_seeds_of_one_plan_are_not_merged(bench, tmp_pat
     runs, rates = bench.root / "runs", (0.01, 0.013)
     bench(seeds=2, out="one", rates=rates)
     (bench.root / "runs" / "other.txt").write_text("two and two make four.\n" * 400)
-    bench("--data", str(bench.root / "runs" / "other.txt"), seeds=range(2, 4), out="text",
-          rates=rates)  # fmt: skip
+    bench(
+        "--data", str(bench.root / "runs" / "other.txt"), seeds=range(2, 4), out="text", rates=rates
+    )
     bench(until=15, out="looked")
     for other, message in [
         ("text", "data.sha256 is '.*' in .* these are no seeds of one result"),
@@ -311,8 +320,10 @@ def test_a_comparison_is_recorded_and_touches_b_alone(bench, checkout):
     changed = checkout.changed()
     assert sorted(changed) == ["docs/archive.md", "docs/results/grugformer-sink.json"]
     fields = entries["grugformer-sink"].fields
-    assert re.match(r"2.4\d+ ± 0.\d+ bits per byte \(4 seeds\), 1,000 steps of smoke at rate 0.013",
-                    fields["Result"])  # fmt: skip
+    assert re.match(
+        r"2.4\d+ ± 0.\d+ bits per byte \(4 seeds\), 1,000 steps of smoke at rate 0.013",
+        fields["Result"],
+    )
     assert fields["Verdict"].startswith("better after 1,000 steps: -0.0")
     assert "80% power for 0.0" in fields["Verdict"]
     assert "each at its best rate (0.013 for 0.01)" in fields["Verdict"]

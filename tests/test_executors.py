@@ -19,7 +19,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 STARTER = "speedruns/grugformer_starter.py"
-pytestmark = pytest.mark.skipif(keras.config.backend() != "jax", reason="one backend is enough")
+pytestmark = pytest.mark.skipif(
+    keras.config.backend() != "jax", reason="it starts processes, whatever they compute with"
+)
 # A run that does nothing but say where it was; it takes a while, and notes its attempts.
 SCRIPT = """
 import json, os, pathlib, sys, time
@@ -59,13 +61,10 @@ def record(pool, one):
     return json.loads((ended_run(pool / one.folder) / "results.json").read_text())
 
 
-needs_cores = pytest.mark.skipif(
+@pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
-    reason="two cores to choose from",
+    reason="it needs two cores, and a system that lets a process choose",
 )
-
-
-@needs_cores
 def test_small_runs_go_at_once_each_on_a_core_of_its_own(code, tmp_path):
     specs = [spec(name) for name in "abcd"]
     executor = LocalExecutor(small=True, jobs=2)
@@ -126,7 +125,7 @@ def is_alive(pid):
     return status.is_file() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a killed parent leaves its children")
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG and /proc are Linux's")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_what_stops_a_comparison_stops_its_runs(code, tmp_path, number, status):
     process, child = start(code, tmp_path, 300)

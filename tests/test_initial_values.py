@@ -11,8 +11,16 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "speedruns").glob("*.py"))
-CONFIG = GrugConfig(vocab_size=64, hidden_dim=16, intermediate_dim=24, num_layers=2, num_heads=2,
-                    num_kv_heads=1, max_seq_len=16, qk_norm=True)  # fmt: skip
+CONFIG = GrugConfig(
+    vocab_size=64,
+    hidden_dim=16,
+    intermediate_dim=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    max_seq_len=16,
+    qk_norm=True,
+)
 
 
 def values(build_model, seed=3, made_before=0):

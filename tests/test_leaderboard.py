@@ -45,13 +45,19 @@ def test_only_equal_budgets_are_ranked_and_overlapping_intervals_tie(checkout, a
     add([1.5, 1.6], tokenizer={"name": "bpe", "sha256": "f" * 64})
     tables = leaderboard.tables(checkout)
     assert len(tables) == 5
-    (title,) = (t for t in tables if "0.0003M tokens, length 128" in t and "python_stdlib" in t
-                and "bytes" in t)  # fmt: skip
+    (title,) = (
+        t
+        for t in tables
+        if "0.0003M tokens, length 128" in t and "python_stdlib" in t and "bytes" in t
+    )
     ranks = [(row["rank"], row["rate"]) for row in tables[title]]
     assert ranks == [(None, 0.08), (2, 0.02), (2, 0.01), (4, 0.04)], "one seed has no interval"
     page = leaderboard.page(checkout)
-    assert re.search(r"\| 2 \| grugformer-sink \| attention \| 2.0100 ± 0.0100 \| 3 \| - \| smoke "
-                     r"\| 0.02 \| 8 \| 3 \|", page)  # fmt: skip
+    assert re.search(
+        r"\| 2 \| grugformer-sink \| attention \| 2.0100 ± 0.0100 \| 3 \| - \| smoke "
+        r"\| 0.02 \| 8 \| 3 \|",
+        page,
+    )
     paths = leaderboard.write(checkout)
     assert [path.name for path in paths] == ["leaderboard.md", "leaderboard.png"]
     assert paths[1].read_bytes().startswith(b"\x89PNG")
@@ -62,12 +68,23 @@ def comparison(checkout, add, name, p, verdict, difference):
     results = ResultsFile(checkout.root, "grugformer-sink")
     side = results.groups[-1]
     bits = {
-        "verdict": verdict, "difference": difference, "mean": 2.0, "p_t": p, "n": 9,
-        "margin": 0.01, "p_equivalent": 0.9, "confidence": 0.95, "detectable": 0.01,
-    }  # fmt: skip
+        "verdict": verdict,
+        "difference": difference,
+        "mean": 2.0,
+        "p_t": p,
+        "n": 9,
+        "margin": 0.01,
+        "p_equivalent": 0.9,
+        "confidence": 0.95,
+        "detectable": 0.01,
+    }
     baseline = {**side, "id": "grugformer-starter", "recipe": recipe(0.5)}
-    return {"id": name, "a": baseline, "b": {**side, "id": "grugformer-sink", "steps": int(name)},
-            "bits_per_byte": bits}  # fmt: skip
+    return {
+        "id": name,
+        "a": baseline,
+        "b": {**side, "id": "grugformer-sink", "steps": int(name)},
+        "bits_per_byte": bits,
+    }
 
 
 def test_verdicts_are_counted_against_chance_and_the_baseline_is_in_the_table(checkout, add):

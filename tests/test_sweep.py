@@ -49,8 +49,11 @@ def test_a_run_that_diverges_is_worse_than_any_other():
 
 
 def test_a_best_at_the_edge_is_refused_with_what_to_do():
-    with pytest.raises(ValueError, match=r"learning_rate: .* 2.56, is at the edge of the grid: sta"
-                       r"rt nearer to it, with --learning-rate VALUE"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r"learning_rate: .* 2.56, is at the edge of the grid: sta"
+        r"rt nearer to it, with --learning-rate VALUE",
+    ):
         sweep(bowl(1e6), 0.02)
     with pytest.raises(ValueError, match="weight_decay: every run diverged, down to 7.81e-05"):
         sweep(bowl(1, diverges_above=0), 0.01, "weight_decay")

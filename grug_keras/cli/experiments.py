@@ -90,6 +90,12 @@ class Margin(click.ParamType):
             self.fail(f"{value!r} is no share, as in 0.005 or 0.5%")
 
 
+def _folder(flag, default, help):
+    """An option that names a folder; `default` says in words which one it is without."""
+    path = click.Path(file_okay=False, path_type=pathlib.Path)
+    return click.option(flag, type=path, show_default=default, help=help)
+
+
 def _where(command):
     """Adds the options about where runs are trained and kept."""
     options = (
@@ -100,12 +106,7 @@ def _where(command):
             show_default="small models on a CPU: its cores; else 1",
             help="Runs at a time on this machine.",
         ),
-        click.option(
-            "--pool",
-            type=click.Path(file_okay=False, path_type=pathlib.Path),
-            show_default="runs/pool",
-            help="Folder of the runs that comparisons and sweeps share.",
-        ),
+        _folder("--pool", "runs/pool", "Folder of the runs that comparisons and sweeps share."),
     )
     for option in reversed(options):
         command = option(command)
@@ -145,11 +146,8 @@ def _executor(on, jobs, small):
     default="tokens",
     help="What both train with the same amount of.",
 )
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=pathlib.Path),
-    show_default="runs/A-vs-B-...",
-    help="Folder of the comparison. One that was interrupted continues.",
+@_folder(
+    "--out", "runs/A-vs-B-...", "Folder of the comparison. One that was interrupted continues."
 )
 @_where
 def compare(a, b, options, seeds, until, margin, same_rate, rates, match, out, on, jobs, pool):
@@ -198,12 +196,7 @@ def compare(a, b, options, seeds, until, margin, same_rate, rates, match, out, o
     "--factor", default=2.0, type=float, help="Between neighbours of the grid, at most 2."
 )
 @click.option("--seeds", default=2, type=click.IntRange(1, 20), help="Runs at each value.")
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=pathlib.Path),
-    show_default="runs/sweep-EXPERIMENT-...",
-    help="Folder of the sweep.",
-)
+@_folder("--out", "runs/sweep-EXPERIMENT-...", "Folder of the sweep.")
 @_where
 def sweep(experiment, options, name, factor, seeds, out, on, jobs, pool):
     """Bracket the best learning rate, or weight decay, of an experiment.

@@ -53,7 +53,7 @@ class Design:
         ValueError: names the argument and the value.
     """
 
-    seeds: range = range(5)
+    seeds: range = range(12)
     until: int | None = None
     margin: float = 0.005
     match: str = "tokens"

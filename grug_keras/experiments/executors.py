@@ -78,7 +78,8 @@ class LocalExecutor:
                 yield futures[future], future.result()
         except BaseException as error:
             # A terminal has sent Ctrl-C to the children too.
-            told = isinstance(error, KeyboardInterrupt) and sys.stdin.isatty()
+            on_terminal = sys.stdin is not None and sys.stdin.isatty()
+            told = isinstance(error, KeyboardInterrupt) and on_terminal
             children.stop(tell=not told)
             threads.shutdown(wait=False, cancel_futures=True)
             _wait(threads, children)

@@ -37,25 +37,33 @@ def tables(checkout):
         dict of title -> list of rows, the best first. A row is a dict; a number that is unknown
         is None.
     """
+    entries, files = _read(checkout)
     found, titles = {}, {}
-    for name, groups in _groups(checkout).items():
+    for name, groups in _groups(files).items():
         for one in groups.values():
             tokenizer = one["tokenizer"]["sha256"] or one["tokenizer"]["name"]
             key = (one["data"]["sha256"], tokenizer, one["tokens"], one["seq_len"])
             titles[key] = _title(one)
-            found.setdefault(key, []).append(_row(checkout, name, one))
+            row = _row(entries.get(name), name, one)
+            row["verdict"] = _verdict(files.get(name), one)
+            found.setdefault(key, []).append(row)
     for table in found.values():
         table.sort(key=lambda row: (row["bits"] is None, row["bits"] or 0, row["experiment"]))
         _rank(table)
     return {titles[key]: found[key] for key in sorted(found, key=lambda k: (titles[k], k))}
 
 
-def _groups(checkout):
+def _read(checkout):
+    """Returns the entries of the archive and their results files, both by id."""
+    entries = Archive(checkout).entries
+    return entries, {name: ResultsFile(checkout.root, name) for name in entries}
+
+
+def _groups(files):
     """Returns, by experiment, the groups of its own file and those that served as a baseline."""
     found = {}
-    for entry in Archive(checkout).entries.values():
-        results = ResultsFile(checkout.root, entry.id)
-        own = [(entry.id, one) for one in results.own_groups()]
+    for experiment, results in files.items():
+        own = [(experiment, one) for one in results.own_groups()]
         baselines = [(c["a"]["id"], c["a"]) for c in results.comparisons]
         for name, one in own + baselines:
             groups = found.setdefault(name, {})
@@ -74,15 +82,14 @@ def _title(one):
     )
 
 
-def _row(checkout, name, one):
-    """Returns the row of runs that differ only in their seed, as a dict."""
+def _row(entry, name, one):
+    """Returns the row of runs that differ only in their seed, a dict; `entry` may be None."""
 
     def mean(field):
         values = [run[field] for run in one["runs"]]
         known = all(value is not None and math.isfinite(value) for value in values)
         return statistics.mean(values) if known else None
 
-    entry = Archive(checkout).entries.get(name)
     device, flops = one["device"], one["flops_per_token"]
     cores = f", {device['cpu_cores']} of its cores" if device["kind"] == "cpu" else ""
     scores = [run["bits_per_byte"] for run in one["runs"] if run["bits_per_byte"] is not None]
@@ -95,7 +102,6 @@ def _row(checkout, name, one):
         "bits_in_words": scores_in_words(one["runs"]),
         "half_interval": _half_interval(scores),
         "n": len(one["runs"]),
-        "verdict": _verdict(checkout, name, one),
         "size": one["size"],
         "rate": get_field(one, "recipe.learning_rate"),
         "batch": get_field(one, "recipe.batch_size"),
@@ -121,13 +127,12 @@ def _half_interval(scores):
     return float(reach * statistics.stdev(scores) / math.sqrt(len(scores)))
 
 
-def _verdict(checkout, name, one):
+def _verdict(file, one):
     """Returns the newest verdict on exactly these runs, with a link, or None."""
-    file = ResultsFile(checkout.root, name)
-    for comparison in reversed(file.comparisons):
+    for comparison in reversed(file.comparisons if file else []):
         if settings_key(comparison["b"]) == settings_key(one):
             words = verdict_in_words(comparison["bits_per_byte"])
-            return f"[{words}]({pathlib.Path(RESULTS).name}/{name}.json)"
+            return f"[{words}]({pathlib.Path(RESULTS).name}/{file.path.name})"
     return None
 
 
@@ -151,15 +156,15 @@ def verdicts(checkout):
         `p_adjusted` (Benjamini-Hochberg, over those that have a p), in order of p.
     """
     found = []
-    for entry in Archive(checkout).entries.values():
+    for name, file in _read(checkout)[1].items():
         newest = {}
-        for comparison in ResultsFile(checkout.root, entry.id).comparisons:
+        for comparison in file.comparisons:
             newest[comparison["b"]["steps"], comparison["a"]["id"]] = comparison
         for (steps, against), comparison in newest.items():
             bits = comparison["bits_per_byte"]
             found.append(
                 {
-                    "experiment": entry.id,
+                    "experiment": name,
                     "against": against,
                     "steps": steps,
                     "words": verdict_in_words(bits),

@@ -41,9 +41,8 @@ class RunPool:
         missing = [s for s in unique.values() if not ended_run(self.folder / s.folder)]
         reused = len(unique) - len(missing)
         what = f"{reused} of {len(unique)} runs are there already, training" if reused else ""
-        with tqdm(
-            total=len(missing), unit="run", desc=what, disable=not self._shows(missing)
-        ) as bar:
+        hidden = not (self.progress and missing)
+        with tqdm(total=len(missing), unit="run", desc=what, disable=hidden) as bar:
             for spec, here in self.executor.run(self.snapshot, missing, self.folder):
                 self.record(spec)
                 if here:
@@ -51,9 +50,6 @@ class RunPool:
                 bar.set_postfix_str(f"{pathlib.Path(spec.script).stem} seed {spec.seed}")
                 bar.update()
         return [self.record(spec) for spec in specs]
-
-    def _shows(self, missing):
-        return self.progress and bool(missing)
 
     def run_folder(self, spec):
         """Returns the folder of a run that has ended.

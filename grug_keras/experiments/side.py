@@ -106,10 +106,6 @@ def _with_absolute_paths(arguments):
         if not equals:
             option, value = (words[-1] if words else ""), word
         if option in ("--data", "--tokenizer") and pathlib.Path(value).exists():
-            word = (
-                f"{option}={pathlib.Path(value).resolve()}"
-                if equals
-                else str(pathlib.Path(value).resolve())
-            )
+            word = word.removesuffix(value) + str(pathlib.Path(value).resolve())
         words.append(word)
     return words

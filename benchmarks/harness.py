@@ -5,7 +5,8 @@
 On JAX, in one process, in turns: the compiled training step of the starter in a Python loop that
 does nothing else, `fit` with the callbacks of a run (a CSV row a step, Ctrl-C), and the bare loop
 of a step that also logs norms by role. All make their batches as they go. Then how many tokens a
-second the loader makes by itself, in both packings. The numbers are in docs/data.md.
+second the loader makes by itself, in both packings, from one source and from three. The numbers
+are in docs/data.md.
 """
 
 import functools
@@ -20,6 +21,8 @@ os.environ["KERAS_BACKEND"] = "jax"
 import click
 from grug_keras import GrugConfig, keep_memory
 from grug_keras.data import TokenBatches, load_data
+from grug_keras.data.mixed_batches import MixedBatches
+from grug_keras.data.mixture import Mixture
 from grug_keras.experiments.script import load_speedrun
 from grug_keras.optimizers import role_of
 from grug_keras.training.interrupts import StopOnInterrupt
@@ -75,7 +78,7 @@ def main(steps, turns, size):
 
     with tempfile.TemporaryDirectory() as folder, StopOnInterrupt(model) as stop:
         meter = Meter(
-            pathlib.Path(folder) / "curve.csv", tokens_per_step=tokens, steps=len(batches),
+            pathlib.Path(folder) / "curve.csv", tokens_in=lambda step: tokens, steps=len(batches),
             schedule=keras.optimizers.schedules.deserialize(
                 keras.optimizers.schedules.serialize(schedule)
             ),
@@ -104,12 +107,20 @@ def main(steps, turns, size):
     speed = 1e3 * tokens / ms[0]
     for packing in ("stream", "best_fit"):
         loader = TokenBatches(data.train, steps=2000, packing=packing, **window)
-        loader[0]
-        begin = time.perf_counter()
-        for i in range(2000):
-            loader[i]
-        rate = 2000 * tokens / (time.perf_counter() - begin)
-        print(f"loader, {packing}: {rate:,.0f} tokens/s, {rate / speed:.0f} times the training")
+        print(f"loader, {packing}: {loader_speed(loader, tokens, speed)}")
+        mixture = Mixture(tuple("abc"), ((0, (0.7, 0.2, 0.1)),))
+        mixed = MixedBatches([loader] * 3, mixture, seed=0)
+        print(f"loader, {packing}, three sources: {loader_speed(mixed, tokens, speed)}")
+
+
+def loader_speed(loader, tokens, training):
+    """Says how many tokens of each second a loader makes, and how that is to the training."""
+    loader[0]
+    begin = time.perf_counter()
+    for i in range(len(loader)):
+        loader[i]
+    rate = len(loader) * tokens / (time.perf_counter() - begin)
+    return f"{rate:,.0f} tokens/s, {rate / training:.0f} times the training"
 
 
 if __name__ == "__main__":

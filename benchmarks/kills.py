@@ -1,11 +1,14 @@
-"""SIGKILLs at random moments of one run: how many losses differ from an uninterrupted one.
+"""Signals at random moments of one run: how many losses differ from an uninterrupted one.
 
-    python benchmarks/kills.py [--kills 50] [--steps 2500] [--backend jax]
+    python benchmarks/kills.py [--kills 50] [--steps 2500] [--backend jax] [-- OPTIONS]
 
-The starter runs once in peace; then a second run is started with --resume, killed at a random
-moment (while it imports, compiles, trains or saves), and started again, until that many kills
-are done; then it may finish. Compared are the texts of all rows: loss, learning rate and
-gradient norm of each step, and the final evaluation. The numbers are in docs/data.md.
+The starter runs once in peace; then a second run is started with --resume and sent a signal at a
+random moment (while it imports, compiles, trains or saves), and started again, until that many
+signals are sent; then it may finish. Every other signal is SIGKILL, the rest are SIGTERM, after
+which the process may save: it must then have ended with status 143, or by the signal while it
+was still importing. Compared are the texts of all rows: loss, learning rate and gradient norm of
+each step, and the final evaluation. Further OPTIONS are those of the starter, such as
+`--data a.txt --packing best_fit`. The numbers are in docs/data.md.
 """
 
 import csv
@@ -22,6 +25,7 @@ import time
 import click
 
 STARTER = pathlib.Path(__file__).parent.parent / "speedruns" / "grugformer_starter.py"
+SECONDS_TO_SAVE = 120
 
 
 def rows(folder):
@@ -35,20 +39,32 @@ def saved_steps(out):
     return sorted(int(path.name) for path in found if path.name.isdecimal())
 
 
+def send(process, number):
+    """Sends a signal to a run; returns the seconds that it took to end, and its status."""
+    begin = time.perf_counter()
+    process.send_signal(number)
+    status = process.wait(SECONDS_TO_SAVE)
+    allowed = {-number} if number == signal.SIGKILL else {-number, 128 + number, 0}
+    assert status in allowed, f"status {status} after {number}"
+    return time.perf_counter() - begin, status
+
+
 @click.command()
 @click.option("--kills", default=50)
 @click.option("--steps", default=2500)
 @click.option("--longest", default=16.0, help="Seconds that a process lives at most.")
 @click.option("--backend", default="jax")
 @click.option("--seed", default=0)
-def main(kills, steps, longest, backend, seed):
+@click.argument("options", nargs=-1)
+def main(kills, steps, longest, backend, seed, options):
+    """OPTIONS, after --, go to the run."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
 
-        def start(out, *options):
+        def start(out, *more):
             command = [sys.executable, STARTER, "--out", folder / out, "--steps", steps]
-            command += ["--batch", 4, "--seq-len", 64, "--save-every", 25, *options]
+            command += ["--batch", 4, "--seq-len", 64, "--save-every", 25, *options, *more]
             return subprocess.Popen(
                 [str(part) for part in command],
                 env={**os.environ, "KERAS_BACKEND": backend},
@@ -60,25 +76,29 @@ def main(kills, steps, longest, backend, seed):
         assert start("whole").wait() == 0
         (whole,) = (folder / "whole").iterdir()
         print(f"uninterrupted: {time.perf_counter() - begin:.0f} s", flush=True)
-        done = 0
+        done, slowest = 0, 0.0
         while done < kills:
             process = start("killed", "--resume")
             try:
                 process.wait(rng.uniform(0, longest))
             except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+                number = (signal.SIGKILL, signal.SIGTERM)[done % 2]
+                took, status = send(process, number)
+                slowest = max(slowest, took)
                 done += 1
-                print(f"kill {done}: checkpoints {saved_steps(folder / 'killed')}", flush=True)
+                saved = saved_steps(folder / "killed")
+                print(f"{number.name} {done}: status {status}, checkpoints {saved}", flush=True)
             else:
-                print(f"the run is through after {done} kills")
+                assert process.returncode == 0, process.returncode
+                print(f"the run is through after {done} signals")
                 break
         else:
             assert start("killed", "--resume").wait() == 0
         (killed,) = (path.parent for path in (folder / "killed").glob("*/results.json"))
         differing = sum(a != b for a, b in zip(rows(whole), rows(killed), strict=True))
         record, want = (json.loads((p / "results.json").read_text()) for p in (killed, whole))
-        print(f"{done} kills, {len(record['resumed'])} resumes: {differing} of {steps} rows differ")
+        print(f"{done} signals, {len(record['resumed'])} resumes: {differing} of {steps} differ")
+        print(f"at most {slowest:.1f} s from a signal to the end of the process")
         print(f"validation loss {record['loss']!r}, uninterrupted {want['loss']!r}")
 
 

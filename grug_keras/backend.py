@@ -4,6 +4,7 @@ This module imports Keras only inside its functions: the choice must come before
 """
 
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -16,7 +17,10 @@ _UNTOUCHED = {
     "epsilon": 1e-07,
     "backend": "tensorflow",
     "image_data_format": "channels_last",
+    "nnx_enabled": False,  # left out by some versions
 }
+# All that Keras has; numpy and openvino compute no gradients.
+_BACKENDS = ("jax", "tensorflow", "torch", "numpy", "openvino")
 _reason = None
 
 
@@ -25,6 +29,10 @@ def choose_backend():
 
     `KERAS_BACKEND`, a `keras.json` that somebody edited and an already imported Keras are
     choices, and are kept.
+
+    Raises:
+        ValueError: names the variable or the file whose choice is none that works. A script that
+            does not catch it ends with this one line.
     """
     global _reason
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets on stderr otherwise
@@ -32,10 +40,14 @@ def choose_backend():
         _reason = "Keras was imported before grug_keras"
         return
     settings = _settings_path()
-    if os.environ.get("KERAS_BACKEND"):
+    found = _read_settings(settings)
+    if name := os.environ.get("KERAS_BACKEND"):
         _reason = "KERAS_BACKEND is set"
-    elif _is_edited(settings):
+        _check_backend(f"KERAS_BACKEND={name}", name)
+    elif _is_edited(found):
         _reason = f"chosen in {settings}"
+        name = found["backend"]
+        _check_backend(f"{settings} has the backend {name!r}", name)
     else:
         _reason = "the default of grug_keras; set KERAS_BACKEND to choose another"
         os.environ["KERAS_BACKEND"] = "jax"
@@ -69,15 +81,46 @@ def _settings_path():
     return pathlib.Path(home).expanduser() / "keras.json"
 
 
-def _is_edited(settings):
-    """Whether a settings file differs from what Keras writes by itself."""
+def _read_settings(settings):
+    """Returns what Keras's settings file holds, a dict; {} where there is none or it is empty."""
+    if not os.path.exists(settings):
+        return {}
     try:
-        found = json.loads(settings.read_text())
-    except FileNotFoundError:
-        return False
-    except ValueError:
-        return True  # Keras says what it makes of it
-    return {"nnx_enabled": False, **found} != {"nnx_enabled": False, **_UNTOUCHED}
+        text = settings.read_text(encoding="utf-8")
+        found = json.loads(text) if text.strip() else {}
+    except (OSError, ValueError) as error:
+        _refuse(f"{settings} cannot be read, {error}: correct it or delete it")
+    if not isinstance(found, dict):
+        _refuse(f"{settings} holds no JSON object: correct it or delete it")
+    return found
+
+
+def _is_edited(found):
+    """Whether settings name a backend and differ from what Keras writes by itself."""
+    return "backend" in found and {"nnx_enabled": False, **found} != _UNTOUCHED
+
+
+def _check_backend(what, name):
+    """Refuses a backend that Keras does not have, or that is not installed."""
+    if name not in _BACKENDS:
+        _refuse(f"{what}, which Keras does not have")
+    if importlib.util.find_spec(name) is None:
+        _refuse(f"{what}, which is not installed: pip install {name}")
+
+
+def _refuse(what):
+    """Raises a ValueError of one line, which is all that a script shows of it."""
+    refused = ValueError(f"{what}; the backends that work here are jax, tensorflow and torch")
+    show = sys.excepthook
+
+    def show_one_line(kind, error, traceback):
+        if error is refused:
+            print(f"Error: {error}", file=sys.stderr)
+        else:
+            show(kind, error, traceback)
+
+    sys.excepthook = show_one_line
+    raise refused
 
 
 def _import_keras_without_leaving(settings):
@@ -86,8 +129,10 @@ def _import_keras_without_leaving(settings):
     Keras writes one that names TensorFlow, whatever backend runs: left there, it would look
     like the user's own choice on the next start.
     """
-    was_there = settings.exists()
-    import keras  # noqa: F401
-
+    was_there = os.path.exists(settings)
+    try:
+        import keras  # noqa: F401
+    except ValueError as error:
+        _refuse(f"{settings} stops Keras, {error}: correct it or delete it")
     if not was_there:
         settings.unlink(missing_ok=True)

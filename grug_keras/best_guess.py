@@ -42,7 +42,7 @@ class Recipe:
     batch_size: int = _option("Sequences per step.", flag="--batch")
     learning_rate: float = _option("Peak of the schedule.", float)
     warmup: float = 0.05
-    cooldown: float = 0.7
+    cooldown: float = _option("Fraction of the steps in which the rate falls.", float, default=0.7)
     shape: str = "linear"
     accumulate: int = _option("Parts of a batch, one after the other: less memory.", default=1)
     weight_decay: float | None = _option(

@@ -15,6 +15,7 @@ FILES = [
     "test_attention_torch.py",
     "test_block_contract.py",
     "test_depth.py",
+    "test_document_scores.py",
     "test_fused_loss_tensorflow.py",
     "test_fused_loss_torch.py",
     "test_grugformer_attention.py",

@@ -3,6 +3,7 @@
 import json
 import re
 
+from grug_cli.checkout import script_path
 from grug_keras.experiments.archive import Archive
 from grug_keras.experiments.archive_check import check
 from grug_keras.experiments.checkout import Checkout
@@ -47,6 +48,8 @@ def test_an_archive_that_agrees_has_no_problem_and_its_template_is_no_entry(temp
         ("- Purpose: Sinks.\n", "", 10, "Purpose is missing: add '- Purpose: ...'"),
         ("- Purpose: Sinks.", "- Why: Sinks.", 15, "'- Why: Sinks.' is not a field"),
         ("- Purpose: Sinks.", "- Purpose:", 15, "is not a field"),
+        ("- Purpose: Sinks.", "- Purpose: Sinks.\n* Notes: x", 16, "'* Notes: x' is not a field"),
+        ("- Verdict: pending\n", "- Verdict: pending\n\nA thought.\n", 18, "'A thought.' is not a"),
         ("- Status: active", "- Status: fine", 14, "Status is 'fine': it must be one of active"),
         ("- Bucket: attention", "- Bucket: heads", 12, "Bucket 'heads' is unknown: write none"),
         ("- Bucket: attention", "- Bucket: mlp", 12, "changes nothing of its bucket mlp"),
@@ -168,6 +171,56 @@ def test_replacements_resolve_and_go_in_no_circle(checkout):
     edit(checkout, "by: nothing-of-the-kind", "by: grugformer-starter")
     edit(checkout, "- Status: active", end.format("grugformer-sink"))
     assert sum("form a circle" in p for p in problems(checkout)) == 2
+
+
+def test_a_field_goes_on_in_the_next_lines(checkout):
+    wrapped = "- Verdict: pending\n- Notes: It costs\n  little,\nand helps.\n"
+    edit(checkout, "- Verdict: pending\n", wrapped)
+    assert Archive(checkout).entries["grugformer-sink"].fields["Notes"] == (
+        "It costs little, and helps."
+    )
+    assert problems(checkout) == []
+    Archive(checkout).set("grugformer-sink", Issue="#1")
+    assert "and helps.\n- Issue: #1\n\n### grugformer-starter" in Archive(checkout).text
+    commit(checkout.root)
+    delete(checkout, "grugformer-sink", why="No more.")
+    lines = Archive(checkout).text.splitlines()
+    assert "- Notes: It costs little, and helps. No more." in lines
+    assert "and helps." not in lines
+    assert problems(checkout) == []
+
+
+@pytest.mark.parametrize("heading", ["## After", "# After"])
+def test_a_section_after_the_entries_holds_none_of_them(checkout, heading):
+    archive = checkout.root / "docs" / "archive.md"
+    archive.write_text(archive.read_text() + f"\n{heading}\n\n- Anything: else\n")
+    assert problems(checkout) == []
+    new_experiment(checkout, "zebra", "mlp", "The last of them.")
+    text = archive.read_text()
+    last = "- Purpose: The last of them.\n- Verdict: pending\n"
+    assert text.endswith(f"{last}\n{heading}\n\n- Anything: else\n")
+    assert "- Verdict: baseline\n\n### grugformer-zebra" in text
+    assert problems(checkout) == []
+
+
+def test_a_document_of_any_name_blocks_nothing(checkout):
+    for name in ("docs/naïve.md", 'docs/a "b" -> c.md', "docs/old.md"):
+        (checkout.root / name).write_text("text\n" * 9, encoding="utf-8")
+    commit(checkout.root)
+    (checkout.root / "docs" / "naïve.md").write_text("other", encoding="utf-8")
+    (checkout.root / 'docs/a "b" -> c.md').write_text("other", encoding="utf-8")
+    git(checkout.root, "mv", "docs/old.md", "docs/new name.md")
+    changed = ['docs/a "b" -> c.md', "docs/naïve.md", "docs/new name.md", "docs/old.md"]
+    assert sorted(checkout.changed()) == changed
+    assert checkout.changed("docs/") == []
+    supersede(checkout, "grugformer-sink", "grugformer-starter")
+    assert Archive(checkout).entries["grugformer-sink"].status == "superseded"
+
+
+def test_a_script_of_another_place_is_named(checkout, tmp_path):
+    (tmp_path / "elsewhere.py").touch()
+    with pytest.raises(ValueError, match=r"elsewhere.py is outside of the checkout .*tree$"):
+        script_path(checkout, tmp_path / "elsewhere.py")
 
 
 def test_every_script_has_one_entry(checkout):

@@ -10,10 +10,13 @@ from grug_keras.data import (
     Corpus,
     TokenBatches,
     load_corpus,
+    load_data,
     load_tokenizer,
     token_stream,
+    tokenize,
 )
 from grug_keras.data.python_stdlib import fingerprint, stdlib_files
+from grug_keras.data.reading import Reading
 from grug_keras.data.splits import is_validation
 import numpy as np
 import pytest
@@ -115,8 +118,7 @@ def test_a_folder_holds_out_whole_documents_and_says_what_it_skips(tmp_path, cap
         b"document %d" % i for i in range(200)
     )
     assert 2 <= len(corpus.validation) <= 25
-    assert "1 files are not UTF-8 text" in caplog.text
-    assert "picture.png" in caplog.text
+    assert "1 files are not text, and left out: picture.png" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -145,12 +147,86 @@ def test_missing_data_is_named(tmp_path):
         load_corpus("")
 
 
-def test_reading_stops_at_the_limit_and_says_so(tmp_path, caplog):
-    (tmp_path / "a.txt").write_text("x" * 1000)
-    (tmp_path / "b.txt").write_text("y" * 1000)
-    corpus = load_corpus(str(tmp_path), max_bytes=1500)
-    assert sum(map(len, corpus.train + corpus.validation)) == 1500
-    assert "read up to" in caplog.text
+def test_a_corpus_too_large_for_memory_is_tokenized_once(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "book.txt"
+    path.write_text("grüg see tree. " * 100)
+    in_memory = load_data(str(path), "bpe:260")
+    monkeypatch.setattr("grug_keras.data.corpus.MAX_BYTES", 1000)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="is larger than 0 MB: `grug tokenize` takes it"):
+        load_corpus(str(path), max_bytes=1000)
+    caplog.set_level("INFO")
+    for times in (1, 2):
+        data = load_data(str(path), "bpe:260")
+        assert caplog.text.count("too large for memory: tokenized once, to") == 1, times
+        np.testing.assert_array_equal(data.train[: len(data.train)], in_memory.train)
+        np.testing.assert_array_equal(data.validation, in_memory.validation)
+        assert data.tokenizer.sha256 == in_memory.tokenizer.sha256
+        assert data.name == str(path)
+    assert len(list((tmp_path / "cache" / "grug_keras" / "tokens").glob("*/dataset.json"))) == 1
+    path.write_text("another text, by far longer. " * 100)
+    assert len(load_data(str(path), "bytes").train) > 2000, "not the tokens of before"
+
+
+def test_several_sources_share_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, word in (("a", "aabb "), ("b", "ccdd "), ("c", "eeff ")):
+        (tmp_path / f"{name}.txt").write_text(word * 400)
+    monkeypatch.chdir(tmp_path)
+    data = load_data("a.txt=0.5,b.txt=0.5", "bpe:300", mixture_at=["3:c.txt"])
+    assert [part.name for part in data.parts] == ["a.txt", "b.txt", "c.txt"]
+    assert data.weights == (0.0, 0.0, 1.0)
+    assert all(len(part.train) < 1000 for part in data.parts), "the BPE has seen all of them"
+    described = data.describe()
+    assert described["train_bytes"] == 3 * 1800
+    assert described["phases"] == [[0, [0.5, 0.5, 0.0]], [3, [0.0, 0.0, 1.0]]]
+    other = load_data("a.txt=0.6,b.txt=0.4", "bpe:300", mixture_at=["3:c.txt"])
+    assert other.describe()["sha256"] != described["sha256"]
+    data.tokenizer.save(tmp_path)
+    tokenize("a.txt", "tokenizer.json", "tokens")
+    again = load_data("tokens=0.5,b.txt=0.5")
+    assert again.tokenizer.sha256 == data.tokenizer.sha256, "that of the tokens, for the text too"
+    np.testing.assert_array_equal(again.parts[0].train[:100], data.parts[0].train[:100])
+    with pytest.raises(ValueError, match="tokenizer='bytes' has sha256 None, but data='tokens'"):
+        load_data("tokens=0.5,b.txt=0.5", "bytes")
+    with pytest.raises(ValueError, match="data='tokens' holds tokens; encoding='latin-1' is of"):
+        load_data("tokens=0.5,b.txt=0.5", reading=Reading(encoding="latin-1"))
+    monkeypatch.setattr("grug_keras.data.corpus.MAX_BYTES", 1000)
+    large = load_data("a.txt=0.5,b.txt=0.5", "bpe:300", mixture_at=["3:c.txt"])
+    assert large.tokenizer.sha256 == data.tokenizer.sha256
+    for part, known in zip(large.parts, data.parts, strict=True):
+        np.testing.assert_array_equal(part.train[: len(part.train)], known.train)
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "validation"),
+    [
+        (["train.bin", "val.bin", "test.bin"], 40, 40),
+        (["train.bin", "test.bin", "._train.bin"], 40, 40),
+        (["tokens.bin", "README.md"], 36, 4),
+        (["train.bin", "val.bin", "input.txt", "prepare.py", "meta.pkl"], 40, 40),
+        (
+            ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"],
+            80,
+            40,
+        ),
+    ],
+)
+def test_a_folder_of_tokens_is_split_by_names(tmp_path, files, train, validation):
+    for name in files:
+        content = np.arange(40, dtype="<u2").tobytes() if name.endswith(".bin") else b"some text"
+        (tmp_path / name).write_bytes(b"\0\5\26\7" if name.startswith(".") else content)
+    data = load_data(str(tmp_path), "bytes")
+    assert len(data.train) == train
+    assert len(data.validation) == validation
+
+
+def test_a_binary_among_texts_is_no_token_file(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    (tmp_path / "image.bin").write_bytes(b"\1\2" * 80)
+    data = load_data(str(tmp_path))
+    assert data.train_bytes == 450
+    assert "1 files are binary, and left out: image.bin" in caplog.text
 
 
 def test_any_tfds_text_dataset_by_name(tmp_path, capfd, monkeypatch):

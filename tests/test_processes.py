@@ -175,9 +175,9 @@ def test_a_killed_run_goes_on_elsewhere(tmp_path, text, longer, killed, count, m
     assert statuses == [0] * count, "\n".join(logs)
     _, results, losses = record(tmp_path)
     _, expected, expected_losses = longer
-    # Sums in another order, over 40 steps of Muon: 2e-5. Another batch would be 1e-2 and more.
-    np.testing.assert_allclose(losses, expected_losses, rtol=2e-4)
-    assert results["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=2e-4)
+    # Sums in another order, over 40 steps of Muon: 2e-4. Another batch would be 1e-2 and more.
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-3)
+    assert results["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-3)
     (resumed,) = results["resumed"]
     assert 6 <= resumed < 40
     assert f"continuing after step {resumed} of" in logs[0]

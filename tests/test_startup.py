@@ -89,7 +89,7 @@ def test_a_cache_of_the_user_stays_and_no_home_is_no_cache(no_cache, tmp_path, m
 
 def test_each_kind_of_processor_has_a_folder_of_its_own(monkeypatch):
     here = compile_cache.cache_folder()
-    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: "flags : sse2 avx9")
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda path, **_: "flags : sse2 avx9")
     assert compile_cache.cache_folder() != here
 
 

@@ -4,6 +4,9 @@ Installed as `grug_cli`, beside the package `grug_keras`: importing that imports
 `grug --help` need not wait for it. So these modules import Keras only inside of commands.
 """
 
+import os
+import sys
+
 import click
 from grug_cli.archive import archive
 from grug_cli.check import check
@@ -20,6 +23,12 @@ class OneLineErrors(click.Group):
 
     def invoke(self, context):
         """Runs a command; a ValueError or an OSError of it becomes click's error."""
+        encodings = (sys.getfilesystemencoding(), getattr(sys.stdout, "encoding", "utf-8"))
+        is_usual = all(encoding.lower() == "utf-8" for encoding in encodings)
+        if not is_usual or os.path.expanduser("~") == "~":
+            from grug_keras.training.places import settle_in
+
+            settle_in()
         try:
             return super().invoke(context)
         except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -20,6 +20,8 @@ def script_path(checkout, name):
 
     path = pathlib.Path(name)
     if path.is_file():
+        if not path.resolve().is_relative_to(checkout.root):
+            raise ValueError(f"{name} is outside of the checkout {checkout.root}")
         return path.resolve().relative_to(checkout.root).as_posix()
     entry = Archive(checkout).find(name)
     if entry.path is None:

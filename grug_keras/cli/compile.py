@@ -39,7 +39,7 @@ def compile_step(speedrun, where, as_json, **options):
     Needs Linux and libtpu, which pip install "jax[tpu]" brings, and no TPU. Ends with 1 where the
     step does not fit.
     """
-    from grug_keras.training.command import restart_with
+    from grug_keras.training.restart import restart_with
 
     restart_with("jax")
     from grug_keras.experiments.script import load_speedrun

@@ -97,16 +97,20 @@ class TokenBatches(keras.utils.PyDataset):
         self.num_rows = self.packing.num_rows
         self.steps = -(-self.num_rows // batch_size) if self.in_order else steps
         self.rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-        self._epoch, self._order = None, None
+        self._drawn = (None, None)  # an epoch and its order, in one: threads share it
 
     def __len__(self):
         return self.steps - self.first_step
 
     def __getitem__(self, step):
-        shape = (len(self.rows), self.seq_len)
+        return self.assemble(self.pieces(step))
+
+    def assemble(self, pieces_of_rows):
+        """Returns the batch `(inputs, labels, weights)` of the pieces of its rows."""
+        shape = (len(pieces_of_rows), self.seq_len)
         positions = np.zeros(shape, dtype=np.int64)
         is_token, starts = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-        for row, pieces in enumerate(self.pieces(step)):
+        for row, pieces in enumerate(pieces_of_rows):
             offset = 0
             for start, length in pieces:
                 positions[row, offset : offset + length] = np.arange(start, start + length)
@@ -118,6 +122,13 @@ class TokenBatches(keras.utils.PyDataset):
         segment_ids = np.where(is_token, np.cumsum(starts, axis=1, dtype=np.int32), 0)
         inputs = {"token_ids": token_ids, "segment_ids": segment_ids}
         return inputs, labels, is_token.astype(np.float32)
+
+    def tokens_in(self, step):
+        """Returns how many tokens the batch of a step trains on, in the rows of all processes."""
+        if isinstance(self.packing, Stream) and not self.in_order:
+            return self.batch_size * self.seq_len
+        rows = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return sum(length for row in rows for _, length in self.row(row))
 
     def between(self, first, stop):
         """Returns the batches of the steps `first` to `stop - 1` only, counted from 0."""
@@ -131,26 +142,31 @@ class TokenBatches(keras.utils.PyDataset):
         Args:
             step: int, counted from the start of the run, whatever `first_step` is.
         """
-        all_rows = copy.copy(self)
-        all_rows.rows, all_rows.first_step = np.arange(self.batch_size), 0
+        return self.documents_of(step * self.batch_size + np.arange(self.batch_size))
+
+    def documents_of(self, rows):
+        """Returns the numbers of the documents in rows, counted from the start of the run."""
         starts = document_starts(self.tokens, self.bos_id)
         numbers = set()
-        for start, length in itertools.chain.from_iterable(all_rows.pieces(step)):
+        for start, length in itertools.chain.from_iterable(self.row(int(i)) for i in rows):
             first, last = np.searchsorted(starts, [start, start + length - 1], side="right") - 1
             numbers.update(range(int(first), int(last) + 1))
         return sorted(numbers)
 
+    def epochs(self, steps):
+        """Returns how often the tokens are read in the first steps, a list of one float."""
+        return [steps * self.batch_size / self.num_rows]
+
     def pieces(self, step):
         """Returns the pieces `[(position in the tokens, length)]` of each row to make."""
-        pieces_of_rows = []
-        for index in (self.first_step + step) * self.batch_size + self.rows:
-            if not self.in_order:
-                epoch, index = divmod(int(index), self.num_rows)
-                if epoch != self._epoch:
-                    self._epoch, self._order = epoch, self.packing.order(self.seed, epoch)
-                pieces_of_rows.append(self.packing.row(self._order, index))
-            elif index < self.num_rows:
-                pieces_of_rows.append(self.packing.row(None, index))
-            else:
-                pieces_of_rows.append([])
-        return pieces_of_rows
+        return [self.row(int(i)) for i in (self.first_step + step) * self.batch_size + self.rows]
+
+    def row(self, index):
+        """Returns the pieces of a row, counted from the start of the run."""
+        if self.in_order:
+            return self.packing.row(None, index) if index < self.num_rows else []
+        epoch, index = divmod(index, self.num_rows)
+        drawn = self._drawn
+        if epoch != drawn[0]:
+            self._drawn = drawn = (epoch, self.packing.order(self.seed, epoch))
+        return self.packing.row(drawn[1], index)

@@ -9,7 +9,7 @@ from grug_keras.data.utf8 import cut_text
 
 logger = logging.getLogger("grug_keras.data")
 
-MAX_BYTES = 2**28  # text is held in memory; `grug tokenize` takes larger corpora
+MAX_BYTES = 2**26  # of text in memory: its tokens take several times as much
 _SPREAD = 64  # number of validation documents that a slice takes text from
 
 
@@ -52,40 +52,56 @@ class Corpus:
         return [piece for text in documents if (piece := cut_text(text, longest))]
 
 
-def load_corpus(data="python_stdlib", max_bytes=MAX_BYTES):
+class TooLargeError(ValueError):
+    """A corpus that is larger than what is held in memory."""
+
+
+def load_corpus(data="python_stdlib", max_bytes=None, reading=None):
     """Reads a corpus into memory.
 
     Args:
-        data: str, see `open_source`.
-        max_bytes: int. Text beyond this many bytes is left unread, with a warning.
+        data: str, see `open_source`; or a `Source`.
+        max_bytes: int, of text; None is 64 MiB.
+        reading: `Reading`, see `open_source`.
 
     Returns:
         `Corpus`.
 
     Raises:
-        ValueError: if the text is missing, empty, not text, or cannot be downloaded.
+        ValueError: if the text is missing, empty, not text, cannot be downloaded, or is larger
+            than `max_bytes` (`TooLargeError`).
 
     Example:
 
     >>> corpus = load_corpus("python_stdlib")
     >>> len(corpus.validation_slice(2**19))
     """
-    source = open_source(data)
-    splits = {"train": [], "validation": []}
-    for part in source.parts:
-        for piece in _up_to(part(), max_bytes, data):
-            documents = splits[piece.split]
-            if not piece.text:
-                continue
-            if not piece.starts:
-                documents[-1] = (piece.name, documents[-1][1] + piece.text)
-            else:
-                documents.append((piece.name, piece.text))
+    source = open_source(data, reading) if isinstance(data, str) else data
+    max_bytes = MAX_BYTES if max_bytes is None else max_bytes
+    too_large = TooLargeError(
+        f"data={source.name!r} is larger than {max_bytes / 1e6:.0f} MB: `grug tokenize` takes it"
+    )
+    if (source.num_bytes or 0) > max_bytes:
+        raise too_large
+    splits, total = {"train": [], "validation": []}, 0
+    for piece in source.pieces():
+        documents = splits[piece.split]
+        total += len(piece.text)
+        if total > max_bytes:
+            raise too_large
+        if not piece.text:
+            continue
+        if not piece.starts:
+            documents[-1] = (piece.name, documents[-1][1] + piece.text)
+        else:
+            documents.append((piece.name, piece.text))
     for split, documents in splits.items():
         if not documents:
-            raise ValueError(f"data={data!r} has no text for the {split} split")
+            raise ValueError(f"data={source.name!r} has no text for the {split} split")
+    for note in source.notes():
+        logger.warning(note)
     return Corpus(
-        name=data,
+        name=source.name,
         train=[text for _, text in splits["train"]],
         validation=[text for _, text in splits["validation"]],
         sha256=source.sha256 or fingerprint([*splits["train"], *splits["validation"]]),
@@ -101,20 +117,3 @@ def _common_length(lengths, total):
             return share
         left -= length
     return max(lengths)
-
-
-def _up_to(pieces, max_bytes, data):
-    """Yields pieces until they hold `max_bytes` bytes, then warns that text is left out."""
-    total = 0
-    for piece in pieces:
-        if total + len(piece.text) > max_bytes:
-            logger.warning(
-                "data=%r is read up to %.0f MB only; `grug tokenize` takes all of it",
-                data,
-                max_bytes / 1e6,
-            )
-            if text := cut_text(piece.text, max_bytes - total):
-                yield piece._replace(text=text)
-            return
-        total += len(piece.text)
-        yield piece

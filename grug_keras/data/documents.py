@@ -1,13 +1,17 @@
 """Documents, the pieces that they are read in, and the source that they come from."""
 
+import codecs
+from collections.abc import Callable
+import contextlib
 import dataclasses
-import itertools
 import pathlib
 from typing import NamedTuple
 
-from grug_keras.data.utf8 import character_start, cut_between_lines, cut_text, is_text
+from grug_keras.data.compressed import open_utf8
+from grug_keras.data.left_out import LeftOut
+from grug_keras.data.utf8 import cut_between_words, cut_text
 
-PIECE_BYTES = 2**24  # a text file is read by as much at a time
+PIECE_BYTES = 2**20  # a text file is read by as much at a time, and shared among the cores
 
 
 class Piece(NamedTuple):
@@ -28,27 +32,28 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A corpus whose documents come in a fixed order.
+    """A corpus whose documents come in a fixed order, those for training first or mixed in.
 
     Args:
         name: str, what the user asked for.
-        identity: str. It differs when the stored text has changed.
-        parts: tuple of functions without arguments. Each returns an iterator of `Piece`, which
-            raises ValueError where something is not text. There is one function for both
-            splits, or one for each split.
+        identity: str. It differs when the stored text, or the way it is read, has changed.
+        pieces: function without arguments. It returns an iterator of all `Piece`, which holds
+            only a few in memory at a time and raises ValueError where something is not text.
         num_bytes: int or None, about how many bytes of text there are, for a progress bar.
         sha256: str or None, fingerprint of the text where it is known before reading.
+        left_out: `LeftOut`, what is not read, known once all pieces were read.
     """
 
     name: str
     identity: str
-    parts: tuple
+    pieces: Callable
     num_bytes: int | None = None
     sha256: str | None = None
+    left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
 
-    def pieces(self):
-        """Returns an iterator over all pieces, which holds only a few in memory at a time."""
-        return itertools.chain.from_iterable(part() for part in self.parts)
+    def notes(self):
+        """Returns a line for each reason why something was left out, a list of str."""
+        return [f"data={self.name!r}: {line}" for line in self.left_out.lines()]
 
 
 class TextDocument(NamedTuple):
@@ -57,14 +62,9 @@ class TextDocument(NamedTuple):
     name: str
     text: bytes
 
-    def size(self):
-        """Returns the length in bytes."""
-        return len(self.text)
-
-    def read(self, start, stop):
-        """Yields the text between two byte positions, each moved back to a character's start."""
-        start, stop = (len(cut_text(self.text, position)) for position in (start, stop))
-        yield self.text[start:stop]
+    def read(self):
+        """Yields the text."""
+        yield self.text
 
 
 class FileDocument(NamedTuple):
@@ -74,41 +74,78 @@ class FileDocument(NamedTuple):
         name: str, name of the document.
         path: `pathlib.Path` of the file.
         data: str, what the user asked for, for error messages.
+        encoding: str, of the file.
     """
 
     name: str
     path: pathlib.Path
     data: str
+    encoding: str = "utf-8"
 
-    def size(self):
-        """Returns the length in bytes."""
-        return self.path.stat().st_size
-
-    def is_text(self):
-        """Returns whether the first piece of the file is text."""
+    def why_no_text(self):
+        """Returns why the first piece of the file is no text, or None if it is text."""
         try:
-            next(self.read(0, self.size()), b"")
-        except ValueError:
-            return False
-        return True
+            with contextlib.closing(self.read()) as pieces:
+                next(pieces, b"")
+        except ValueError as error:
+            return str(error).partition(f"{self.path} ")[2] or str(error)
+        return None
 
-    def read(self, start, stop):
-        """Yields the text between two byte positions, each moved back to a character's start.
+    def read(self):
+        """Yields the text, cut between lines where that is possible.
 
         Raises:
-            ValueError: if a piece is not UTF-8 text.
+            ValueError: if a piece is not text.
         """
-        with open(self.path, "rb") as file:
-            start, stop = (character_start(file, position) for position in (start, stop))
-            file.seek(start)
-            while start < stop:
-                text = file.read(min(PIECE_BYTES, stop - start))
-                if start + len(text) < stop:
-                    text = cut_between_lines(text)
-                    file.seek(start + len(text))
-                if not is_text(text):
-                    raise ValueError(
-                        f"data={self.data!r}: {self.path} is not UTF-8 text after byte {start}"
-                    )
-                start += len(text)
-                yield text
+        start = 0
+        with open_utf8(self.data, self.path, self.encoding) as file:
+            text = file.read(PIECE_BYTES)
+            while text:
+                more = file.read(1)  # whether there is another piece
+                piece = cut_between_words(text) if more else text
+                if reason := why_no_text(piece, start):
+                    raise ValueError(f"data={self.data!r}: {self.path} {reason}")
+                yield piece
+                start += len(piece)
+                text = text[len(piece) :] + more
+                text += file.read(PIECE_BYTES - len(text))
+
+
+def why_no_text(text, start=0):
+    """Returns why `bytes` are no UTF-8 text, or None if they are.
+
+    NUL bytes are in files that are not text, and in UTF-16; no text needs them.
+
+    Args:
+        text: `bytes`.
+        start: int, position of the bytes in their file.
+    """
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not start:
+        return "is UTF-16: name its encoding (utf-16)"
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 text: byte {start + error.start} is no character"
+    if (nul := text.find(b"\0")) >= 0:
+        return f"is no text: byte {start + nul} is NUL"
+    return None
+
+
+def part_of(texts, start, stop=None):
+    """Yields the part of a document between two byte positions.
+
+    Each position moves back to the start of a character.
+
+    Args:
+        texts: iterable of `bytes`, the pieces of the document.
+        start, stop: int; None is the end.
+    """
+    position = 0
+    for text in texts:
+        first = len(cut_text(text, max(start - position, 0)))
+        last = len(text) if stop is None else len(cut_text(text, max(stop - position, 0)))
+        if first < last:
+            yield text[first:last]
+        position += len(text)
+        if stop is not None and position >= stop:
+            return

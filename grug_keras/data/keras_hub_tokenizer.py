@@ -8,9 +8,11 @@ from grug_keras.data.byte_exact_tokenizer import (
     BOS_NAMES,
     ByteExactTokenizer,
     byte_level_spelling,
-    sentence_piece_spelling,
+    choose_start,
+    known_starts,
 )
 from grug_keras.data.quiet import quiet
+from grug_keras.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
 
 class KerasHubTokenizer(ByteExactTokenizer):
@@ -18,12 +20,13 @@ class KerasHubTokenizer(ByteExactTokenizer):
 
     Args:
         preset: str, name of a preset or path of its folder.
+        document_start: str, token that starts a document, or None for a known one.
 
     Raises:
         ValueError: if there is no such preset, or its tokenizer has no document start.
     """
 
-    def __init__(self, preset):
+    def __init__(self, preset, document_start=None):
         with quiet():
             import keras_hub
 
@@ -38,29 +41,47 @@ class KerasHubTokenizer(ByteExactTokenizer):
             ) from error
         count = self._tokenizer.vocabulary_size()
         tokens = [self._tokenizer.id_to_token(i) for i in range(count)]
-        bos = next((token for token in BOS_NAMES if token in tokens), None)
+        known = known_starts(tokens)
+        bos = choose_start(tokens, known, preset, document_start)
         if bos is None:
             raise ValueError(
                 f"tokenizer={preset!r} has no document start: none of {', '.join(BOS_NAMES)}"
             )
         self.name, self.preset = pathlib.Path(preset).name, preset
-        self.sha256 = hashlib.sha256("\0".join(tokens).encode()).hexdigest()
+        self._told_start = bos if bos not in known[:1] else None
+        identity = "\0".join([*tokens, *([bos] if self._told_start else [])])
+        self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
+        self._adds_space = False
+        if isinstance(self._tokenizer, keras_hub.tokenizers.SentencePieceTokenizer):
+            exact = SentencePieceTokenizer(self._tokenizer.proto, preset, bos)
+            self._encode_all = exact._encode_all
+            spellings, prefix = exact._spellings, exact._prefix
+        else:
+            spellings = self._spell_tokens(tokens)
+            (ids,) = self._encode_all(["grug"])
+            self._adds_space = b"".join([spellings[i] for i in ids]) == b" grug"
+            prefix = b" " if self._adds_space else b""
+        self._set_vocabulary(spellings, tokens.index(bos), prefix)
+
+    def _spell_tokens(self, tokens):
+        """Returns the `bytes` that each token stands for; nothing, for special tokens."""
+        import keras_hub
+
         byte_level = isinstance(self._tokenizer, keras_hub.tokenizers.BytePairTokenizer)
-        spelling = byte_level_spelling if byte_level else sentence_piece_spelling
-        self._set_vocabulary([spelling(token) for token in tokens], tokens.index(bos))
+        spelling = byte_level_spelling if byte_level else str.encode
+        special = {*self._tokenizer.special_tokens}
+        return [b"" if token in special else spelling(token) for token in tokens]
 
     def _encode_all(self, strings):
-        id_lists = [list(map(int, ids)) for ids in self._tokenizer(strings)]
-        if any(getattr(self, "bos_id", None) in ids for ids in id_lists):
-            raise ValueError(
-                f"tokenizer={self.name!r} reads its document start inside a text; use its "
-                "tokenizer.json, which can tell text that spells a special token"
-            )
-        return id_lists
+        if self._adds_space:  # which is in the strings already, where a document starts
+            strings = [string.removeprefix(" ") for string in strings]
+        return [list(map(int, ids)) for ids in self._tokenizer(strings)]
 
     def save(self, folder):
         """Writes the preset's tokenizer into the folder `tokenizer` below `folder`."""
-        self._tokenizer.save_to_preset(str(pathlib.Path(folder) / "tokenizer"))
+        folder = pathlib.Path(folder) / "tokenizer"
+        self._tokenizer.save_to_preset(str(folder))
+        self._save_start(folder)
 
 
 def _load_preset(preset):

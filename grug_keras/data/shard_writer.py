@@ -3,6 +3,7 @@
 import hashlib
 import os
 
+from grug_keras.data.files import sync_folder
 from grug_keras.data.token_files import header, token_dtype
 import numpy as np
 
@@ -10,9 +11,8 @@ import numpy as np
 class ShardWriter:
     """Writes the shards of one split, one after the other.
 
-    The shard in work has a hidden `.partial` name; it gets its own name when it is full.
-    `state` returns what is safely on disk. A writer that is made from such a state cuts the
-    shard in work back to it and goes on from there.
+    The shard in work has a hidden `.partial` name; it gets its own name when it is full. A writer
+    that is made from a `state` cuts the shard in work back to it and goes on from there.
 
     Args:
         folder: `pathlib.Path` to write into.
@@ -62,26 +62,27 @@ class ShardWriter:
         file.seek(size)
         return file
 
-    def add(self, piece, tokens):
+    def add(self, piece):
         """Writes the tokens of a piece, and a document start before them where one starts.
 
         Args:
-            piece: `Piece`; an empty one writes nothing.
-            tokens: int array `(n,)`.
+            piece: `TokenizedPiece`; an empty one writes nothing.
         """
-        if not piece.text:
+        if not piece.num_bytes:
             return
         if self.open_tokens >= self.shard_tokens:
             self._finish_shard()
             self._file = self._open()
         if piece.starts:
             self._write([self.bos_id])
-        self._write(tokens)
+        self._write(piece.tokens)
         self.counts["documents"] += piece.starts
-        self.counts["bytes"] += len(piece.text)
-        # A chain, since a hash object cannot be stored and gone on with.
-        known = f"{self.digest}\0{piece.name}\0{piece.starts}\0{len(piece.text)}\0".encode()
-        self.digest = hashlib.sha256(known + piece.text).hexdigest()
+        self.counts["bytes"] += piece.num_bytes
+        # A chain, since a hash object cannot be stored and gone on with; of the text's hash, so
+        # that parts of several machines are put together without the text.
+        known = (self.digest, piece.name, piece.starts, piece.num_bytes, piece.sha256)
+        known = "\0".join(map(str, known)).encode(errors="surrogateescape")
+        self.digest = hashlib.sha256(known).hexdigest()
 
     def _write(self, tokens):
         self._file.write(np.asarray(tokens).astype(self.dtype).tobytes())
@@ -93,6 +94,7 @@ class ShardWriter:
         self._file.write(header(self.vocab_size, self.open_tokens).tobytes())
         self.close()
         os.replace(self._partial, self.folder / self._shard_name)
+        sync_folder(self.folder)
         self.shards.append(self.open_tokens)
         self.open_tokens = 0
 
@@ -103,20 +105,19 @@ class ShardWriter:
 
     def close(self):
         """Closes the shard in work, with all its tokens on disk."""
-        if not self._file.closed:
-            self._sync()
-            self._file.close()
+        self.sync()
+        self._file.close()
 
-    def _sync(self):
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def sync(self):
+        """Brings all that was written to the disk."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def state(self):
-        """Returns a dict of what is safely on disk, after bringing it there."""
-        if not self._file.closed:
-            self._sync()
+        """Returns a dict of what is written; after `sync`, a writer can go on from it."""
         return {
-            "shards": self.shards,
+            "shards": list(self.shards),
             "open_tokens": self.open_tokens,
             "sha256": self.digest,
             **self.counts,

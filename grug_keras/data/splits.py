@@ -1,18 +1,89 @@
-"""Which text is held out for validation, where the corpus does not say so itself."""
+"""Which text is for training and which is held out for validation."""
 
 import hashlib
 import itertools
+import re
 
-from grug_keras.data.documents import Piece
+from grug_keras.data.deduplicate import New
+from grug_keras.data.documents import Piece, part_of
 
 # With fewer documents, the end of each is held out instead of one document in twenty.
 FEW_DOCUMENTS = 40
 _TRAIN_PART = 0.9
+# As Hugging Face datasets names its splits: `datasets/data_files.py` of huggingface/datasets.
+_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+
+
+def split_by_name(name):
+    """Returns the split that the name of a file says: train, validation, test, or None.
+
+    A word of the file's own name counts, else one of the innermost folder that has one.
+
+    Args:
+        name: str, path of the file within the corpus, with `/`.
+
+    Raises:
+        ValueError: if it says two.
+    """
+    for part in reversed(name.split("/")):
+        words = set(re.findall("[a-z]+", part.lower()))
+        found = [split for split, known in _WORDS.items() if words & known]
+        if len(found) > 1:
+            raise ValueError(f"{name} is named for two splits, {' and '.join(found)}: rename it")
+        if found:
+            return found[0]
+    return None
+
+
+def sort_by_split(names):
+    """Sorts files into splits by their names.
+
+    Those that name no split are for training, as are all where none is held out. Where there are
+    files for validation those for tests are of no use here; where there are none, they stand in.
+
+    Args:
+        names: list of str.
+
+    Returns:
+        dict of split -> list of names: `"train"`, `"validation"`, and `"test"` for those that
+        are of no use.
+    """
+    splits = {"train": [], "validation": [], "test": []}
+    for name in names:
+        splits[split_by_name(name) or "train"].append(name)
+    if not splits["validation"]:
+        splits["validation"], splits["test"] = splits["test"], []
+    return splits
 
 
 def is_validation(name):
     """Returns whether a document is held out: about one in twenty, by a hash of its name."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0
+
+
+def split_pieces(train, validation, reading, left_out):
+    """Yields the pieces of a corpus, each with its split.
+
+    Args:
+        train: iterable of `TextDocument` or `FileDocument`.
+        validation: likewise, or None: then some of `train` is held out.
+        reading: `Reading`, which says whether documents that are repeated are left out.
+        left_out: function of `LeftOut.counter`.
+    """
+    if reading.deduplicate:
+        is_new = New(left_out)
+        train = filter(is_new, train)
+        validation = None if validation is None else filter(is_new, validation)
+    if validation is None:
+        yield from split_documents(train)
+        return
+    for split, documents in (("train", train), ("validation", validation)):
+        for document in documents:
+            yield from _pieces(split, document.name, document.read())
 
 
 def split_documents(documents):
@@ -33,24 +104,17 @@ def split_documents(documents):
             hold_out_documents = True
             break
     for document in itertools.chain(first, documents):
-        size = document.size()
         if hold_out_documents:
-            parts = {"validation" if is_validation(document.name) else "train": (0, size)}
-        else:
-            end = int(size * _TRAIN_PART)
-            parts = {"train": (0, end), "validation": (end, size)}
-        for split, (start, stop) in parts.items():
-            yield from document_pieces(split, document.name, document.read(start, stop))
+            split = "validation" if is_validation(document.name) else "train"
+            yield from _pieces(split, document.name, document.read())
+            continue
+        cut = int(sum(map(len, document.read())) * _TRAIN_PART)
+        yield from _pieces("train", document.name, part_of(document.read(), 0, cut))
+        yield from _pieces("validation", document.name, part_of(document.read(), cut))
 
 
-def document_pieces(split, name, texts):
-    """Yields the texts of one document as pieces; a blank document is one empty piece.
-
-    Args:
-        split: str, `"train"` or `"validation"`.
-        name: str, name of the document.
-        texts: iterable of `bytes`.
-    """
+def _pieces(split, name, texts):
+    """Yields the texts of a document as pieces; a blank document is one empty piece."""
     starts = True
     for text in texts:
         if text.strip() or not starts:

@@ -4,17 +4,25 @@ This module imports TFDS; `sources.py` imports it only where a TFDS dataset is a
 in turn imports TensorFlow where it needs it.
 """
 
+import functools
 import importlib.util
+import logging
+import os
+import pathlib
 import sys
+import tempfile
 
 from grug_keras.data.documents import Source, TextDocument
+from grug_keras.data.left_out import LeftOut
 from grug_keras.data.python_stdlib import fingerprint, stdlib_files
 from grug_keras.data.quiet import quiet
-from grug_keras.data.splits import document_pieces, is_validation, split_documents
-from grug_keras.data.text_files import text_field
+from grug_keras.data.record_files import text_field
+from grug_keras.data.splits import is_validation, split_pieces
 
 with quiet():
     import tensorflow_datasets as tfds
+
+logger = logging.getLogger("grug_keras.data")
 
 
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
@@ -54,7 +62,7 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
                 yield name, {"path": name, "text": text}
 
 
-def open_python_stdlib():
+def open_python_stdlib(reading):
     """Returns the `Source` of the embedded corpus; the first call prepares it on disk.
 
     Raises:
@@ -63,16 +71,40 @@ def open_python_stdlib():
     """
     # array_record is read without TensorFlow; TFDS installs it on Linux only.
     file_format = "array_record" if importlib.util.find_spec("array_record") else None
+    make = functools.partial(PythonStdlib, file_format=file_format)
     with quiet():
-        builder = PythonStdlib(file_format=file_format)
-    return _prepared_source("python_stdlib", builder)
+        builder = make()
+        is_prepared = builder.is_prepared()
+    if not is_prepared and not _has_folder():
+        make = functools.partial(make, data_dir=_temporary_folder())
+        with quiet():
+            builder = make()
+    return _prepared_source("python_stdlib", builder, make, reading)
 
 
-def open_dataset(data):
+def _has_folder():
+    """Whether TFDS can write to its folder; one that the user named is TFDS's to refuse."""
+    if os.environ.get("TFDS_DATA_DIR"):
+        return True
+    home = os.path.expanduser("~")
+    folder = os.path.join(home, "tensorflow_datasets")
+    return os.access(folder if os.path.exists(folder) else home, os.W_OK)
+
+
+def _temporary_folder():
+    user = os.getuid() if hasattr(os, "getuid") else "all"
+    folder = pathlib.Path(tempfile.gettempdir(), f"grug-keras-tfds-{user}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    logger.warning("there is no home to write to: TFDS uses %s, or TFDS_DATA_DIR", folder)
+    return folder
+
+
+def open_dataset(data, reading):
     """Returns the `Source` of a TFDS dataset, after downloading and preparing it if need be.
 
     Args:
         data: str, name of the dataset as TFDS has it (`lm1b`, `pg19:1.0.0`, ...).
+        reading: `Reading`.
 
     Raises:
         ValueError: if there is no such dataset, it has no text feature, or it cannot be
@@ -86,55 +118,73 @@ def open_dataset(data):
             f"data={data!r} is no file or folder, nor the name of a TFDS dataset: "
             f"{_first_line(error)}"
         ) from error
-    return _prepared_source(data, builder, announce=True)
+    make = functools.partial(tfds.builder, data)
+    return _prepared_source(data, builder, make, reading, announce=True)
 
 
-def _prepared_source(data, builder, announce=False):
+def _prepared_source(data, builder, make, reading, announce=False):
     """Returns the source of a dataset, prepared first if need be.
 
     Args:
         data: str, what the user asked for.
         builder: `tfds.core.DatasetBuilder`.
+        make: function, returns another one for the same dataset.
+        reading: `Reading`.
         announce: bool, whether to say on stderr that the dataset has to be prepared.
     """
     features = dict(builder.info.features.items())
     texts = [name for name, f in features.items() if isinstance(f, tfds.features.Text)]
-    feature = text_field(f"data={data!r}", texts, [*features])
+    path = text_field(f"data={data!r}", texts, [*features], reading.text_field).split(".")
+    feature = builder.info.features
+    for name in path:
+        feature = dict(feature.items()).get(name) if hasattr(feature, "items") else None
+    if not isinstance(feature, tfds.features.Text):
+        raise ValueError(f"data={data!r}: field {'.'.join(path)!r} is no text")
     if announce and not builder.data_path.exists():
         print(f"data={data!r}: TFDS prepares it in {builder.data_dir}", file=sys.stderr, flush=True)
-    _prepare(data, builder)
+    builder = _prepare(data, builder, make)
 
     def documents(split):
         for number, example in enumerate(_examples(builder, split)):
-            yield TextDocument(f"{split}/{number}", example[feature])
-
-    def split_pieces(split, tfds_split):
-        for document in documents(tfds_split):
-            yield from document_pieces(split, document.name, [document.text])
+            for name in path:
+                example = example[name]
+            yield TextDocument(f"{split}/{number}", example)
 
     held_out = next((s for s in ("validation", "test") if s in builder.info.splits), None)
-    if held_out is None:
-        parts = (lambda: split_documents(documents("train")),)
-    else:
-        parts = (
-            lambda: split_pieces("train", "train"),
-            lambda: split_pieces("validation", held_out),
-        )
-    return Source(data, builder.info.full_name, parts, sha256=getattr(builder, "fingerprint", None))
+    left_out = LeftOut()
+
+    def pieces():
+        validation = held_out and documents(held_out)
+        return split_pieces(documents("train"), validation, reading, left_out.counter())
+
+    known = None if reading.deduplicate else getattr(builder, "fingerprint", None)
+    identity = f"{builder.info.full_name} {'.'.join(path)} {reading.deduplicate}"
+    return Source(data, identity, pieces, sha256=known, left_out=left_out)
 
 
-def _prepare(data, builder):
+def _prepare(data, builder, make):
+    """Returns a builder whose dataset is on disk, in silence unless that fails."""
     try:
         tfds.disable_progress_bar()
         with quiet():
-            builder.download_and_prepare()
+            return _prepared(builder, make)
     except Exception as error:
         raise ValueError(
-            f"data={data!r} could not be prepared by TFDS (it may need the network): "
-            f"{_first_line(error)}"
+            f"data={data!r} could not be prepared by TFDS (it may need the network, and a folder "
+            f"to write to: TFDS_DATA_DIR, now {builder.data_dir}): {_first_line(error)}"
         ) from error
     finally:
         tfds.enable_progress_bar()
+
+
+def _prepared(builder, make):
+    try:
+        builder.download_and_prepare()
+    except Exception:
+        builder = make()
+        if not builder.is_prepared():  # nor has another process prepared it meanwhile
+            raise
+    return builder
 
 
 def _examples(builder, split):

@@ -1,20 +1,22 @@
-"""Loads what a run trains on: the tokens of a corpus in memory, or token files."""
+"""Loads what a run trains on: the tokens of a corpus in memory, token files, or a mixture."""
 
 import dataclasses
+import functools
 import hashlib
 import json
-import pathlib
-import re
 from typing import Any
 
-from grug_keras.data.batches import token_stream
-from grug_keras.data.corpus import load_corpus
-from grug_keras.data.token_files import ShardedTokens
+from grug_keras.data.batches import TokenBatches, token_stream
+from grug_keras.data.corpus import Corpus, TooLargeError, load_corpus
+from grug_keras.data.documents import Source
+from grug_keras.data.mixed_batches import MixedBatches
+from grug_keras.data.mixture import Mixture, parse_mixture
+from grug_keras.data.reading import Reading
+from grug_keras.data.sources import open_source
+from grug_keras.data.token_cache import tokenized_once
+from grug_keras.data.token_folder import TokenFolder, find_tokens
 from grug_keras.data.tokenizer import load_tokenizer
 import numpy as np
-
-_HELD_OUT = 0.1  # share of the tokens, where the files come without a validation file
-_SAMPLES, _SAMPLE_BYTES = 64, 2**16  # what is read of each file for its fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +40,24 @@ class TokenData:
     train_bytes: int | None = None
 
     @property
+    def parts(self):
+        """The sources, a tuple of `TokenData`: this one."""
+        return (self,)
+
+    @property
+    def weights(self):
+        """The shares of the sources, a tuple of float."""
+        return (1.0,)
+
+    @property
     def validation_bytes(self):
         """int, bytes of text that the validation tokens after the first one stand for."""
         return int(self.tokenizer.token_bytes[self.validation[1:]].sum())
+
+    def batches(self, *, seed, **options):
+        """Returns the batches to train on; options as of `TokenBatches`."""
+        bos_id = self.tokenizer.bos_id
+        return TokenBatches(self.train, bos_id=bos_id, seed=seed, **options)
 
     def describe(self):
         """Returns a dict of what a run's record says about the data."""
@@ -54,107 +71,185 @@ class TokenData:
         }
 
 
-def load_data(data, tokenizer=None, validation_bytes=2**18):
+@dataclasses.dataclass(frozen=True)
+class MixedData:
+    """Several sources of one tokenizer; otherwise as `TokenData`.
+
+    Attributes:
+        name: str, what the user asked for.
+        parts: tuple of `TokenData`.
+        mixture: `Mixture`.
+    """
+
+    name: str
+    parts: tuple
+    mixture: Mixture
+
+    @property
+    def tokenizer(self):
+        return self.parts[0].tokenizer
+
+    @property
+    def sha256(self):
+        """str, fingerprint of the sources and their weights."""
+        made_of = [[part.sha256 for part in self.parts], self.mixture.phases]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+    @property
+    def weights(self):
+        """The shares of the sources that the run ends with, which scores are averaged by."""
+        return self.mixture.weights
+
+    @property
+    def validation(self):
+        """int32 array, of all sources."""
+        return np.concatenate([part.validation for part in self.parts])
+
+    def batches(self, *, seed, **options):
+        """Returns the batches to train on; options as of `TokenBatches`."""
+        # Each source has an order of its own; the first has that of a run of it alone.
+        batches = [
+            part.batches(seed=seed + (number << 32), **options)
+            for number, part in enumerate(self.parts)
+        ]
+        return MixedBatches(batches, self.mixture, seed)
+
+    def describe(self):
+        parts = [part.describe() for part in self.parts]
+        phases = [[step, list(weights)] for step, weights in self.mixture.phases]
+        totals = {
+            name: None if None in values else sum(values)
+            for name in parts[0]
+            if name not in ("name", "sha256")
+            for values in [[part[name] for part in parts]]
+        }
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            **totals,
+            "sources": parts,
+            "phases": phases,
+        }
+
+
+def load_data(
+    data,
+    tokenizer=None,
+    validation_bytes=2**18,
+    *,
+    mixture_at=(),
+    reading=None,
+    document_start=None,
+):
     """Loads what a run trains on.
+
+    A corpus of up to 64 MiB is held in memory. A larger one is tokenized once into the user's
+    cache folder, which is said, and mapped from there.
 
     Args:
         data: str. A folder that `tokenize` made, a `.bin` token file or a folder of them
-            (those with "val" in their name are for validation; without any, the last tenth
-            is), or a corpus, see `open_source`.
-        tokenizer: str or None, see `load_tokenizer`. None takes the one that a folder of
-            tokens says it was made with, or bytes for a corpus.
-        validation_bytes: int, about how much text the validation slice has.
+            (split by their names; without one for validation, the last tenth is); a corpus, see
+            `open_source`; or several of these with their shares of the rows, `"a=0.7,b=0.3"`.
+        tokenizer: str or None, see `load_tokenizer`. None takes the one that folders of tokens
+            say they were made with, or bytes for text.
+        validation_bytes: int, about how much text the validation slice of each source has.
+        mixture_at: list of str, shares that hold from a step on, `"500:a=0.1,c=0.9"`.
+        reading: `Reading`, how text is read.
+        document_start: str or None, see `load_tokenizer`.
 
     Returns:
-        `TokenData`.
+        `TokenData`, or `MixedData` for several sources.
 
     Raises:
         ValueError: if the data or the tokenizer is missing or bad, or they do not belong
             together.
     """
-    path = pathlib.Path(data).expanduser()
-    if path.suffix == ".bin" and path.is_file():
-        return _from_files(data, path.parent, [path], tokenizer, validation_bytes)
-    if (path / "progress.json").is_file() and not (path / "dataset.json").is_file():
-        raise ValueError(
-            f"data={data!r} is not finished; give the `grug tokenize` command again, it goes on"
-        )
-    if data and path.is_dir() and (files := sorted(path.glob("*.bin"))):
-        return _from_files(data, path, files, tokenizer, validation_bytes)
-    corpus = load_corpus(data)
-    tokenizer = load_tokenizer(tokenizer or "bytes", lambda: corpus.train)
-    validation = token_stream(corpus.validation_slice(validation_bytes), tokenizer)
-    train = token_stream(corpus.train, tokenizer)
-    train_bytes = sum(map(len, corpus.train))
-    return TokenData(data, corpus.sha256, tokenizer, train, validation, train_bytes)
+    reading, mixture = reading or Reading(), parse_mixture(data, mixture_at)
+    items = [_open(name, reading) for name in (mixture.names if mixture else (data,))]
+    if len(items) == 1 and isinstance(items[0], Source) and str(tokenizer).startswith("bpe:"):
+        items[0] = tokenized_once(items[0], reading, tokenizer, None, document_start)
+        tokenizer = None  # it is in that folder now
+    made = _tokenizer_of(items, tokenizer, document_start)
+    parts = []
+    for item in items:
+        if isinstance(item, Source):
+            item = tokenized_once(item, reading, str(tokenizer or "bytes"), made, document_start)
+        parts.append(_tokens(item, made, validation_bytes))
+    return MixedData(data, tuple(parts), mixture) if mixture else parts[0]
 
 
-def _from_files(data, folder, files, spec, validation_bytes):
-    """Returns the `TokenData` of token files; `spec` names their tokenizer, or is None."""
-    record = folder / "dataset.json"
-    record = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
-    tokenizer = _tokenizer_of(data, folder, record, spec)
-    held_out = [file for file in files if re.search(r"(^|[_.-])val", file.name)]
-    if held_out:
-        training = [file for file in files if file not in held_out]
-        if not training:
-            raise ValueError(f"data={data!r} holds validation files only: {held_out[0].name}")
-        train = ShardedTokens(training, tokenizer.vocab_size)
-        validation = ShardedTokens(held_out, tokenizer.vocab_size)
+def _open(name, reading):
+    """Returns a `TokenFolder`, a `Corpus` in memory, or a `Source` that is too large for that."""
+    tokens = find_tokens(name)
+    if tokens is None:
+        source = open_source(name, reading)
+        try:
+            return load_corpus(source)
+        except TooLargeError:
+            return source
+    for field in dataclasses.fields(reading):
+        value = getattr(reading, field.name)
+        if value != field.default:
+            raise ValueError(f"data={name!r} holds tokens; {field.name}={value!r} is of text")
+    return tokens
+
+
+def _tokenizer_of(items, spec, document_start):
+    """Returns the tokenizer of a run, which all token files must be made with."""
+    folders = [item for item in items if isinstance(item, TokenFolder)]
+    texts = [item for item in items if not isinstance(item, TokenFolder)]
+    if folders and not str(spec).startswith("bpe:"):
+        tokenizer = folders[0].tokenizer(spec, document_start)
     else:
-        train, validation = ShardedTokens(files, tokenizer.vocab_size).split(1 - _HELD_OUT)
+        trained_on = functools.partial(_training_text, texts)
+        tokenizer = load_tokenizer(spec or "bytes", trained_on, document_start=document_start)
+    for folder in folders:
+        folder.check_tokenizer(tokenizer, spec)
+    return tokenizer
+
+
+def _training_text(items):
+    """Yields the training text of several corpora, in turns, so that none is missed."""
+    streams = [
+        iter(item.train)
+        if isinstance(item, Corpus)
+        else (piece.text for piece in item.pieces() if piece.split == "train")
+        for item in items
+    ]
+    while streams:
+        for stream in list(streams):
+            if (text := next(stream, None)) is None:
+                streams.remove(stream)
+            else:
+                yield text
+
+
+def _tokens(item, tokenizer, validation_bytes):
+    """Returns the `TokenData` of a corpus in memory or of token files."""
+    if isinstance(item, Corpus):
+        return TokenData(
+            name=item.name,
+            sha256=item.sha256,
+            tokenizer=tokenizer,
+            train=token_stream(item.train, tokenizer),
+            validation=token_stream(item.validation_slice(validation_bytes), tokenizer),
+            train_bytes=sum(map(len, item.train)),
+        )
+    train, validation = item.splits(tokenizer.vocab_size)
     return TokenData(
-        name=data,
-        sha256=record["sha256"] if record else _fingerprint(files),
+        name=item.data,
+        sha256=item.sha256,
         tokenizer=tokenizer,
         train=train,
         validation=_first_bytes(validation, tokenizer, validation_bytes),
-        train_bytes=record["splits"]["train"]["bytes"] if record else None,
+        train_bytes=item.train_bytes,
     )
-
-
-def _tokenizer_of(data, folder, record, spec):
-    """Returns the tokenizer of token files, and checks that it is the one that made them.
-
-    Args:
-        data: str, what the user asked for.
-        folder: `pathlib.Path` of the files.
-        record: dict, content of `dataset.json`, or None if there is none.
-        spec: str, the tokenizer that the user named, or None.
-    """
-    if record is None:
-        if spec is None:
-            raise ValueError(
-                f"data={data!r} does not say which tokenizer made it: name its tokenizer.json"
-            )
-        return load_tokenizer(spec)
-    saved = [folder / "tokenizer.json", folder / "tokenizer"]
-    default = next((str(path) for path in saved if path.exists()), "bytes")
-    tokenizer, recorded = load_tokenizer(spec or default), record["tokenizer"]
-    if tokenizer.sha256 != recorded["sha256"]:
-        name = str(spec or tokenizer.name)
-        raise ValueError(
-            f"tokenizer={name!r} has sha256 {str(tokenizer.sha256)[:12]}, but "
-            f"data={data!r} was made with {recorded['name']!r}, {str(recorded['sha256'])[:12]}"
-        )
-    return tokenizer
 
 
 def _first_bytes(tokens, tokenizer, num_bytes):
     """Returns the first tokens; those after the first one stand for at most `num_bytes` bytes."""
     first = tokens[: num_bytes + 1]
     ends = np.cumsum(tokenizer.token_bytes[first[1:]])
-    return first[: 1 + int(np.searchsorted(ends, num_bytes, side="right"))]
-
-
-def _fingerprint(files):
-    """Returns the sha256 of names, sizes and samples of files; a large corpus is not read whole."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with open(path, "rb") as file:
-            for at in sorted({size * i // _SAMPLES for i in range(_SAMPLES)}):
-                file.seek(at)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    # It may fall: a document start takes back the space that was put before a document.
+    most = np.maximum.accumulate(ends)
+    return first[: 1 + int(np.searchsorted(most, num_bytes, side="right"))]

@@ -93,6 +93,12 @@ def read_shard(path, vocab_size):
     return tokens
 
 
+def has_header(path):
+    """Returns whether a file begins with the magic number of a known format."""
+    words = np.fromfile(path, dtype="<i4", count=1)
+    return len(words) == 1 and int(words[0]) in _FORMATS
+
+
 def _looks_like_a_header(path, size):
     """Returns whether a file begins with 256 int32 that are nearly all 0, as headers do."""
     words = np.fromfile(path, dtype="<i4", count=_HEADER)
@@ -147,6 +153,7 @@ class ShardedTokens:
         paths: list of paths of token files, in order.
         vocab_size: int, see `read_shard`.
         shards: list of int arrays, one a path, or None to map the files into memory.
+        firsts: list of int, how many tokens of each file come before its array; None is none.
 
     Raises:
         ValueError: if there is no file, or one is bad. Indexing raises it as well, where a
@@ -160,11 +167,12 @@ class ShardedTokens:
 
     dtype = np.dtype("int32")
 
-    def __init__(self, paths, vocab_size, shards=None):
+    def __init__(self, paths, vocab_size, shards=None, firsts=None):
         if not paths:
             raise ValueError("paths must name at least one token file, got []")
         self.paths, self.vocab_size = [os.fspath(path) for path in paths], vocab_size
         self.shards = shards or [read_shard(path, vocab_size) for path in self.paths]
+        self.firsts = firsts or [0] * len(self.paths)
         self._ends = np.cumsum([len(shard) for shard in self.shards])
 
     def __len__(self):
@@ -195,22 +203,30 @@ class ShardedTokens:
             List of two `ShardedTokens`: the first `part` of the tokens, and the rest.
         """
         cut, halves = int(part * len(self)), ([], [])
-        for path, shard, end in zip(self.paths, self.shards, self._ends, strict=True):
+        files = zip(self.paths, self.shards, self.firsts, self._ends, strict=True)
+        for path, shard, first, end in files:
             at = min(max(cut - (end - len(shard)), 0), len(shard))
-            for half, tokens in zip(halves, (shard[:at], shard[at:]), strict=True):
+            parts = ((shard[:at], first), (shard[at:], first + int(at)))
+            for half, (tokens, begin) in zip(halves, parts, strict=True):
                 if len(tokens):
-                    half.append((path, tokens))
+                    half.append((path, tokens, begin))
         return [
-            ShardedTokens([p for p, _ in half], self.vocab_size, [t for _, t in half])
+            ShardedTokens(
+                [path for path, _, _ in half],
+                self.vocab_size,
+                [tokens for _, tokens, _ in half],
+                [begin for _, _, begin in half],
+            )
             for half in halves
         ]
 
     def positions(self, token):
         """Returns the positions where a token occurs as an int64 array; reads all files."""
-        starts = self._ends - [len(shard) for shard in self.shards]
-        positions = [
-            start + part + np.flatnonzero(shard[part : part + _PROBE] == token)
-            for start, shard in zip(starts, self.shards, strict=True)
-            for part in range(0, len(shard), _PROBE)
-        ]
-        return np.concatenate(positions)
+        return np.concatenate([*self.positions_by_part(token)])
+
+    def positions_by_part(self, token):
+        """Yields the positions where a token occurs, of one part of the files after the other."""
+        for shard, end in zip(self.shards, self._ends, strict=True):
+            for part in range(0, len(shard), _PROBE):
+                here = np.flatnonzero(shard[part : part + _PROBE] == token)
+                yield end - len(shard) + part + here

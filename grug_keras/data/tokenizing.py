@@ -1,27 +1,37 @@
 """Tokenizes a corpus of any size to shards on disk."""
 
-import collections
-import concurrent.futures
 import contextlib
-import hashlib
-import itertools
+import dataclasses
 import json
-import os
 import pathlib
 import shutil
+import time
 
-from grug_keras.data.files import write_json
-from grug_keras.data.shard_writer import ShardWriter
+from grug_keras.data.dataset_writer import DatasetWriter, difference, first_state
+from grug_keras.data.files import take_lock, write_json
+from grug_keras.data.reading import Reading
 from grug_keras.data.sources import open_source
-from grug_keras.data.tokenizer import batched, load_tokenizer
+from grug_keras.data.token_parts import TokenParts
+from grug_keras.data.tokenized import tokenized
+from grug_keras.data.tokenizer import load_tokenizer
 
 SHARD_TOKENS = 10**8  # as modded-nanogpt
-_SAVE_BYTES = 2**26  # of text between two saves of the progress
-_SPARE_BYTES = 2**20
-FILE_NAMES = {"train": "train", "validation": "val"}
+_SCHEMA = 2  # another one where the same request would give other files
+_WAIT_SECONDS = 0.5  # between two looks whether a lock is free
 
 
-def tokenize(data, tokenizer, out, *, shard_tokens=SHARD_TOKENS, progress=False):
+def tokenize(
+    data,
+    tokenizer,
+    out,
+    *,
+    reading=None,
+    document_start=None,
+    shard_tokens=SHARD_TOKENS,
+    shard=None,
+    progress=False,
+    wait=False,
+):
     """Tokenizes a corpus into a folder of `.bin` shards, or goes on where a former call ended.
 
     A document start comes before every document and after the last one. The folder holds
@@ -29,19 +39,27 @@ def tokenize(data, tokenizer, out, *, shard_tokens=SHARD_TOKENS, progress=False)
     `tokenizer.json` if there is one, and, once all is there, `dataset.json`. Memory does not
     grow with the corpus.
 
+    With `shard` several machines share the work. Each reads all of the text and tokenizes its
+    part of it, to `parts/` in the folder. The one that finds all parts there puts them together
+    and deletes them; the files are those that one machine writes, to the bit.
+
     Args:
         data: str, see `open_source`.
         tokenizer: str, see `load_tokenizer`. A BPE to be trained sees the training text.
         out: path of the folder.
+        reading: `Reading`, how text is read; None is its defaults.
+        document_start: str or None, see `load_tokenizer`.
         shard_tokens: int, tokens after which a new shard begins.
+        shard: pair of ints or None. `(i, n)` does the part of machine i of n, counted from 1.
         progress: bool, whether to draw a progress bar on stderr.
+        wait: bool, whether to wait where another process writes the folder.
 
     Returns:
-        dict, the content of `dataset.json`.
+        dict, the content of `dataset.json`; None if parts of other machines are missing.
 
     Raises:
         ValueError: if the text or the tokenizer is bad, the disk is too small, or `out` holds
-            something else; `out` then keeps what it has.
+            something else or another process writes there; `out` then keeps what it has.
 
     Example:
 
@@ -49,22 +67,36 @@ def tokenize(data, tokenizer, out, *, shard_tokens=SHARD_TOKENS, progress=False)
     """
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be at least 1, got {shard_tokens}")
-    out = pathlib.Path(out)
-    source = open_source(data)
+    if shard is not None and not 1 <= shard[0] <= shard[1]:
+        raise ValueError(f"shard must be i/n with i from 1 to n, got {shard[0]}/{shard[1]}")
+    out, reading = pathlib.Path(out), reading or Reading()
+    source = open_source(data, reading)
     request = {
+        "schema": _SCHEMA,
         "data": source.name,
+        "reading": dataclasses.asdict(reading),
         "identity": source.identity,
         "tokenizer": str(tokenizer),
+        "document_start": document_start,
         "shard_tokens": shard_tokens,
     }
-    state = _read_state(out, request)
+    state = _read_state(out, request, parts=shard is not None)
     if state is not None and state["finished"]:
-        return _read_json(out / "dataset.json")
-    return _tokenize_locked(source, request, out, state, progress)
+        return state
+    with _disk_errors(out):
+        if shard is not None:
+            return _tokenize_part(source, request, out, shard, progress)
+        with _locked(out, wait):
+            return _tokenize_all(source, request, out, progress)
 
 
-def _read_state(out, request):
+def _read_state(out, request, parts):
     """Returns the state that a former call left in `out`, or None if there is none.
+
+    Args:
+        out: `pathlib.Path`.
+        request: dict, what is asked for now.
+        parts: bool, whether this is one of several machines.
 
     Raises:
         ValueError: if `out` holds something else.
@@ -72,16 +104,16 @@ def _read_state(out, request):
     for name in ("dataset.json", "progress.json"):
         if (out / name).exists():
             state = _read_json(out / name)
-            former = state["request"]
-            changed = [key for key, value in request.items() if former.get(key) != value]
-            if changed:
-                key = changed[0]
+            if differs := difference(state["request"], request):
+                raise ValueError(f"out={str(out)!r} holds tokens {differs}; choose another folder")
+            if not state["finished"] and parts != ("parts" in state):
                 raise ValueError(
-                    f"out={str(out)!r} holds tokens of another {key}: "
-                    f"{former.get(key)!r}, not {request[key]!r}; choose another folder"
+                    f"out={str(out)!r} was begun {'without' if parts else 'with'} --shard; go on "
+                    "like that, or choose another folder"
                 )
             return state
-    if out.exists() and (not out.is_dir() or any(p.name != ".lock" for p in out.iterdir())):
+    known = {".lock", "parts"} if parts else {".lock"}
+    if out.exists() and (not out.is_dir() or any(p.name not in known for p in out.iterdir())):
         raise ValueError(f"out={str(out)!r} exists and holds no tokens; choose another folder")
     return None
 
@@ -93,22 +125,11 @@ def _read_json(path):
         raise ValueError(f"{path} cannot be read: {error}; delete the folder") from None
 
 
-def _tokenize_locked(source, request, out, state, progress):
-    """Writes the folder, unless another process does; errors of the disk become ValueError."""
-    import filelock
-
-    tokenizer = _load_tokenizer_once(source, request["tokenizer"], out)
-    new = not out.exists()
+@contextlib.contextmanager
+def _disk_errors(out):
+    """Makes errors of the disk one line."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(out / ".lock", timeout=0):
-            return _write_folder(source, tokenizer, request, out, state, progress)
-    except filelock.Timeout:
-        raise ValueError(f"out={str(out)!r}: another process is writing there") from None
-    except ValueError:
-        if new and not _read_json(out / "progress.json")["pieces"]:
-            shutil.rmtree(out)  # nothing that a second call could go on from
-        raise
+        yield
     except OSError as error:
         raise ValueError(
             f"out={str(out)!r} cannot be written: {error}; what is there is kept, and the same "
@@ -116,142 +137,108 @@ def _tokenize_locked(source, request, out, state, progress):
         ) from error
 
 
-def _load_tokenizer_once(source, spec, out):
-    """Returns the tokenizer; a BPE that a former call trained is not trained again."""
-    if spec.startswith("bpe:") and (out / "tokenizer.json").exists():
-        return load_tokenizer(str(out / "tokenizer.json"))
-
-    def texts():
-        return (piece.text for piece in source.pieces() if piece.split == "train")
-
-    return load_tokenizer(spec, texts)
-
-
-def _write_folder(source, tokenizer, request, out, state, progress):
-    """Writes tokenizer and shards from where `state` ends, then `dataset.json`; returns that."""
-    state = state or _first_state(request, tokenizer)
-    write_json(out / "progress.json", state)
-    tokenizer.save(out)
-    writers = {
-        split: ShardWriter(
-            out, name, tokenizer, request["shard_tokens"], state["splits"].get(split)
-        )
-        for split, name in FILE_NAMES.items()
-    }
-    try:
-        _write_pieces(source, tokenizer, out, state, writers, progress)
-        for split, writer in writers.items():
-            if not writer.counts["documents"]:
-                raise ValueError(f"data={source.name!r} has no text for the {split} split")
-        for writer in writers.values():
-            writer.finish()
-        state["splits"] = {split: writer.state() for split, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.close()
-    digests = [state["splits"][split]["sha256"] for split in FILE_NAMES]
-    joined = "".join([*digests, str(tokenizer.sha256)])
-    state.update(finished=True, sha256=hashlib.sha256(joined.encode()).hexdigest())
-    write_json(out / "dataset.json", state)
-    (out / "progress.json").unlink(missing_ok=True)
-    return state
-
-
-def _first_state(request, tokenizer):
-    return {
-        "request": request,
-        "finished": False,
-        "pieces": 0,
-        "empty_documents": 0,
-        "tokenizer": {
-            "name": tokenizer.name,
-            "sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id,
-        },
-        "splits": {},
-    }
-
-
-def _write_pieces(source, tokenizer, out, state, writers, progress):
-    """Writes the tokens of all pieces after `state["pieces"]`; saves the progress now and then."""
-
-    def bytes_done():
-        return sum(writer.counts["bytes"] for writer in writers.values())
-
-    saved = bytes_done()
-    batches = _encoded(source, tokenizer, state["pieces"])
-    for pieces, ids in _progress_bar(batches, source, saved, progress):
-        _check_room(out, pieces, ids)
-        for piece, tokens in zip(pieces, ids, strict=True):
-            writers[piece.split].add(piece, tokens)
-            state["empty_documents"] += not piece.text
-        state["pieces"] += len(pieces)
-        if bytes_done() - saved >= _SAVE_BYTES:
-            state["splits"] = {split: writer.state() for split, writer in writers.items()}
-            write_json(out / "progress.json", state)
-            saved = bytes_done()
-
-
-def _encoded(source, tokenizer, skip):
-    """Yields `(pieces, ids of each)`, the first `skip` pieces left out.
-
-    Every core tokenizes a batch of its own, so that none waits for what Python does with one
-    batch. The library's own threads would share each batch, and then wait for that
-    (`benchmarks/tokenizing.py`).
-    """
-    pieces = itertools.islice(source.pieces(), skip, None)
-    cores = os.cpu_count() or 1
-    with _library_threads_off(), concurrent.futures.ThreadPoolExecutor(cores) as pool:
-        pending = collections.deque()
-
-        def encode(batch):
-            return batch, tokenizer.encode_batch([piece.text for piece in batch])
-
-        for batch in batched(pieces, lambda piece: len(piece.text)):
-            pending.append(pool.submit(encode, batch))
-            if len(pending) > 2 * cores:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
 @contextlib.contextmanager
-def _library_threads_off():
-    name = "TOKENIZERS_PARALLELISM"  # the library reads it at each call
-    before = os.environ.get(name)
-    os.environ[name] = "false"
+def _locked(out, wait):
+    """Holds the folder; one that was made for it and holds nothing in the end is deleted."""
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            lock = take_lock(out / ".lock", f"out={str(out)!r}: another process is writing there")
+            break
+        except ValueError:
+            if not wait:
+                raise
+            time.sleep(_WAIT_SECONDS)
     try:
         yield
+    except ValueError:
+        state = _read_json(out / "progress.json") if (out / "progress.json").exists() else None
+        if new and not (state and (state["pieces"] or "parts" in state)):
+            shutil.rmtree(out)  # nothing that a second call could go on from
+        raise
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        lock.release()
 
 
-def _progress_bar(batches, source, done, show):
-    """Yields `batches`, and draws a bar of the bytes of text on stderr if `show`."""
+def _tokenize_all(source, request, out, progress):
+    """Writes the folder from where a former call ended; returns the content of `dataset.json`."""
+    tokenizer, state = _begin(source, request, out, parts=False)
+    if state["finished"]:  # by another process, while this one waited
+        return state
+    with DatasetWriter(out, tokenizer, state) as writer:
+        pieces = _with_progress_bar(source, progress)
+        for _ in zip(range(state["pieces"]), pieces, strict=False):
+            pass  # done by a former call
+        for batch in tokenized(pieces, tokenizer):
+            writer.add(batch)
+        return writer.finish(source.notes())
+
+
+def _tokenize_part(source, request, out, shard, progress):
+    """Does the part of one machine, and puts the parts together if all are there."""
+    with _locked(out, wait=True):  # one machine trains the tokenizer, and the others wait
+        tokenizer, state = _begin(source, request, out, parts=True)
+    if state["finished"]:
+        return state
+    parts = TokenParts(out, tokenizer, state)
+    blocks = parts.tokenize(_with_progress_bar(source, progress), shard)
+    with _locked(out, wait=True):
+        state = _read_state(out, request, parts=True)
+        if state["finished"]:  # by a machine that did this part as well
+            return state
+        if blocks is not None:
+            parts.write_end(blocks, source.notes())
+        return None if parts.missing() else parts.join()
+
+
+def _begin(source, request, out, parts):
+    """Returns the tokenizer and the state of a folder, which is made ready if it is new."""
+    state = _read_state(out, request, parts)
+    tokenizer = _load_tokenizer_once(source, request, out, known=state is not None)
+    if state is None:
+        tokenizer.save(out)
+        state = first_state(request, tokenizer) | ({"parts": True} if parts else {})
+        write_json(out / "progress.json", state)
+    if state["tokenizer"]["sha256"] != tokenizer.sha256:
+        raise ValueError(
+            f"out={str(out)!r} holds tokens of a tokenizer of sha256 "
+            f"{str(state['tokenizer']['sha256'])[:12]}, and tokenizer={request['tokenizer']!r} has "
+            f"{str(tokenizer.sha256)[:12]}; choose another folder"
+        )
+    return tokenizer, state
+
+
+def _load_tokenizer_once(source, request, out, known):
+    """Returns the tokenizer; a BPE that a former call trained is not trained again."""
+    spec = request["tokenizer"]
+    if known and spec.startswith("bpe:"):
+        spec = str(out / "tokenizer.json")
+
+    def texts():
+        return (piece.text for piece in _pieces(source) if piece.split == "train")
+
+    try:
+        return load_tokenizer(spec, texts, document_start=request["document_start"])
+    except OSError as error:
+        raise ValueError(f"tokenizer={spec!r} cannot be read: {error}") from error
+
+
+def _pieces(source):
+    """Yields the pieces of a source, whose errors are not those of the folder written to."""
+    try:
+        yield from source.pieces()
+    except OSError as error:
+        raise ValueError(f"data={source.name!r} cannot be read: {error}") from error
+
+
+def _with_progress_bar(source, show):
+    """Yields the pieces of a source, and draws a bar of the bytes of text on stderr if `show`."""
     import tqdm
 
-    with tqdm.tqdm(
-        total=source.num_bytes, initial=done, unit="B", unit_scale=True, disable=not show
-    ) as bar:
-        for pieces, ids in batches:
-            yield pieces, ids
-            bar.update(sum(len(piece.text) for piece in pieces))
+    with tqdm.tqdm(total=source.num_bytes, unit="B", unit_scale=True, disable=not show) as bar:
+        for piece in _pieces(source):
+            yield piece
+            bar.update(len(piece.text))
         bar.total = bar.n  # the files' size was only about that of their text
         bar.refresh()
-
-
-def _check_room(out, pieces, ids):
-    """Raises ValueError if the disk has no room for the tokens of a batch."""
-    needed = 4 * sum(map(len, ids)) + _SPARE_BYTES
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        longest = max(pieces, key=lambda piece: len(piece.text))
-        raise ValueError(
-            f"out={str(out)!r} has {free / 1e6:.1f} MB left and needs {needed / 1e6:.1f} MB for "
-            f"the documents around {longest.name!r}; what is there is kept: make room and give "
-            "the same command again"
-        )

@@ -1,15 +1,9 @@
-"""UTF-8 text as raw `bytes`: whether it is text, and where it can be cut."""
+"""UTF-8 text as raw `bytes`: where it can be cut."""
 
+import re
 
-def is_text(text):
-    """Returns whether `bytes` are valid UTF-8 without NUL characters."""
-    if b"\0" in text:
-        return False
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+_LONE_SPACE = re.compile(rb"(?<=\S) (?=\S)")
+_LAST_BYTES = 2**16  # of a text, in which a place to cut it is looked for
 
 
 def cut_text(text, num_bytes):
@@ -24,23 +18,24 @@ def cut_text(text, num_bytes):
     return text[:num_bytes]
 
 
-def cut_between_lines(text):
-    """Returns text up to its last line end, or up to its last whole character if it has none.
+def cut_between_words(text):
+    """Returns text up to a place near its end that tokenizers do not tokenize across.
 
-    A tokenizer hardly notices a cut at a line end.
+    That is before a space between two words: the usual tokenizers begin a token there, whatever
+    comes before or after. Text without one is cut after its last line end, or else after its
+    last whole character.
     """
-    end = text.rfind(b"\n") + 1
+    begin = max(0, len(text) - _LAST_BYTES)
+    spaces = [space.start() for space in _LONE_SPACE.finditer(text, begin)]
+    end = spaces[-1] if spaces else text.rfind(b"\n") + 1
     return text[:end] or cut_text(text, len(text) - 1) or text
 
 
-def character_start(file, position):
-    """Returns where the character of a UTF-8 file starts that holds the byte at `position`.
-
-    Args:
-        file: binary file; its own position is moved.
-        position: int, in bytes.
-    """
-    back = min(position, 3)  # a character has at most 4 bytes
-    file.seek(position - back)
-    before = file.read(back + 1)
-    return position - back + len(cut_text(before, back))
+def cut_in_parts(text, num_bytes):
+    """Yields text in parts of at most `num_bytes` bytes; see `cut_between_words`."""
+    start = 0
+    while len(text) - start > num_bytes:
+        part = cut_between_words(text[start : start + num_bytes])
+        yield part
+        start += len(part)
+    yield text[start:]

@@ -68,6 +68,7 @@ class Archive:
     Attributes:
         text: str, the content of the file.
         entries: dict of id -> `Entry`, in the order of the file.
+        end: int, line number after the last one of the section of the entries.
         problems: list of `(line, id, sentence)` for each line that cannot be read.
     """
 
@@ -76,19 +77,26 @@ class Archive:
         self._parse(self.file.read_text(encoding="utf-8"))
 
     def _parse(self, text):
-        self.text, self.entries, self.problems = text, {}, []
-        in_code_block, in_experiments, entry = False, False, None
-        for number, line in enumerate(text.splitlines(), 1):
+        self.text, self.entries, self.problems, self.end = text, {}, [], None
+        in_code_block, in_experiments, entry, field = False, False, None, None
+        for number, line in enumerate(text.split("\n"), 1):
             if line.startswith("```"):
                 in_code_block = not in_code_block
             if in_code_block:
                 continue
-            if line.startswith("## "):
-                in_experiments = line == _HEADING
+            if line.startswith(("# ", "## ")):
+                if in_experiments:
+                    self.end = number
+                in_experiments, entry, field = line.rstrip() == _HEADING, None, None
             elif in_experiments and line.startswith("### "):
-                entry = self._parse_heading(number, line)
-            elif in_experiments and line.startswith("- "):
-                self._parse_field(entry, number, line)
+                entry, field = self._parse_heading(number, line), None
+            elif in_experiments and field and _continues(line):
+                entry.fields[field] += f" {line.strip()}"
+            elif not line.strip():
+                field = None
+            elif in_experiments and (entry or line.startswith("- ")):
+                field = self._parse_field(entry, number, line)
+        self.end = self.end or len(text.rstrip("\n").split("\n")) + 1
 
     def _parse_heading(self, number, line):
         entry = Entry(line[4:].strip(), number, {}, {})
@@ -101,6 +109,7 @@ class Archive:
         return entry
 
     def _parse_field(self, entry, number, line):
+        """Reads the first line of a field; returns its name, or None if it is none."""
         match = re.fullmatch(r"- ([A-Z][\w -]*?): (.*\S)\s*", line)
         if entry is None or match is None or match[1] not in FIELDS:
             sentence = f"{line!r} is not a field: write '- <field>: <value>', with one of the "
@@ -110,6 +119,8 @@ class Archive:
             self.problems.append((number, entry.id, f"{match[1]} is given twice: keep one"))
         else:
             entry.fields[match[1]], entry.lines[match[1]] = match[2], number
+            return match[1]
+        return None
 
     def find(self, name):
         """Finds the entry of an experiment.
@@ -143,11 +154,11 @@ class Archive:
         """
         lines = self.text.rstrip("\n").split("\n")
         later = [entry.line for entry in self.entries.values() if entry.id > name]
-        index = min(later, default=len(lines) + 2) - 1
-        block = [f"### {name}", *(f"- {f}: {fields[f]}" for f in FIELDS if f in fields), ""]
-        if not later:
-            lines, block = [*lines, ""], block[:-1]
-        self._parse("\n".join([*lines[:index], *block, *lines[index:]]) + "\n")
+        index = min(later, default=self.end) - 1
+        block = [f"### {name}", *(f"- {f}: {fields[f]}" for f in FIELDS if f in fields)]
+        before = [] if not lines[index - 1].strip() else [""]
+        after = [""] if lines[index:] else []
+        self._parse("\n".join([*lines[:index], *before, *block, *after, *lines[index:]]) + "\n")
         self._write()
 
     def set(self, name, **values):
@@ -164,12 +175,26 @@ class Archive:
             entry = self.entries[name]
             if field in entry.lines:
                 number = entry.lines[field]
-                lines[number - 1 : number] = [] if value is None else [f"- {field}: {value}"]
+                last = _last_line(lines, number)
+                lines[number - 1 : last] = [] if value is None else [f"- {field}: {value}"]
             elif value is not None:
                 before = [entry.lines[f] for f in FIELDS[: FIELDS.index(field)] if f in entry.lines]
-                lines.insert(max(before, default=entry.line), f"- {field}: {value}")
+                last = _last_line(lines, max(before)) if before else entry.line
+                lines.insert(last, f"- {field}: {value}")
             self._parse("\n".join(lines) + "\n")
         self._write()
 
     def _write(self):
         write_atomically(self.file, lambda path: path.write_text(self.text, encoding="utf-8"))
+
+
+def _continues(line):
+    """Whether a line goes on with the field before it, as Markdown has it."""
+    return bool(line.strip()) and not re.match(r"[-*+] |#|```", line)
+
+
+def _last_line(lines, number):
+    """Returns the number of the last line of the field that begins at line `number`."""
+    while number < len(lines) and _continues(lines[number]):
+        number += 1
+    return number

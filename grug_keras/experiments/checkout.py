@@ -5,10 +5,10 @@ import io
 import itertools
 import pathlib
 import shutil
-import subprocess
 import tarfile
 import tempfile
 
+from grug_keras.training.git import git, git_bytes, is_no_checkout
 from grug_keras.training.source import source_of
 
 ARCHIVE = "docs/archive.md"
@@ -39,11 +39,14 @@ class Checkout:
             `Checkout`.
 
         Raises:
-            ValueError: if the folder is in no git checkout, or in one without an archive.
+            ValueError: if the folder is in no git checkout, or in one without an archive, or if
+                git refuses.
         """
         try:
             root = cls(folder).git("rev-parse", "--show-toplevel")
         except ValueError as error:
+            if not is_no_checkout(error):
+                raise
             raise ValueError(f"run this inside a checkout of grug_keras: {error}") from None
         if not (pathlib.Path(root) / ARCHIVE).is_file():
             raise ValueError(f"run this inside a checkout of grug_keras: {root} has no {ARCHIVE}")
@@ -55,19 +58,7 @@ class Checkout:
         Raises:
             ValueError: with the message of git, if the command fails.
         """
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(self.root), *arguments],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-        except FileNotFoundError:
-            raise ValueError("git is not installed") from None
-        except subprocess.CalledProcessError as error:
-            lines = error.stderr.strip().splitlines() or [str(error)]
-            raise ValueError(f"git {arguments[0]}: {lines[-1]}") from None
-        return done.stdout.strip()
+        return git(self.root, *arguments)
 
     def _git_succeeds(self, *arguments):
         try:
@@ -134,11 +125,7 @@ class Checkout:
         """Returns `source_of` a script and the package of a commit."""
         with tempfile.TemporaryDirectory() as folder:
             paths = [p for p in ("grug_keras", "ops", path) if self.contains(commit, p)]
-            tree = subprocess.run(
-                ["git", "-C", str(self.root), "archive", commit, "--", *paths],
-                capture_output=True,
-                check=True,
-            ).stdout
+            tree = git_bytes(self.root, "archive", commit, "--", *paths)
             with tarfile.open(fileobj=io.BytesIO(tree)) as files:
                 files.extractall(folder, filter="data")
             return source_of(pathlib.Path(folder, path), pathlib.Path(folder, "grug_keras"))
@@ -156,8 +143,8 @@ class Checkout:
         Returns:
             list of str, relative to the root.
         """
-        lines = self.git("status", "--porcelain", "--untracked-files=all").splitlines()
-        paths = [line.lstrip().split(maxsplit=1)[1].split(" -> ")[-1] for line in lines]
+        status = self.git("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all")
+        paths = [entry[3:] for entry in status.split("\0") if entry]  # after "XY "
         return [path for path in paths if not path.startswith(ignored)]
 
     @contextlib.contextmanager

@@ -54,7 +54,7 @@ class Children:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=prepare, **options)
         self._running.add(child)
         if self.stopped:  # meanwhile
-            child.send_signal(signal.SIGINT)
+            _interrupt(child)
         try:
             return child.wait()
         finally:
@@ -64,13 +64,18 @@ class Children:
         """Begins no more; asks those that run to save and end, unless a terminal has done so."""
         self.stopped = True
         for child in list(self._running) if tell else ():
-            child.send_signal(signal.SIGINT)
+            _interrupt(child)
 
     def kill(self):
         """Ends all at once."""
         self.stopped = True
         for child in list(self._running):
             child.kill()
+
+
+def _interrupt(child):
+    """Asks a child to save and end; on Windows, which cannot ask, it ends at once."""
+    child.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
 
 
 def _prepare_child():

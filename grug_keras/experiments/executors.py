@@ -118,12 +118,12 @@ def _ask_for_device(backend):
         [sys.executable, "-c", _DEVICE],
         env={**os.environ, "KERAS_BACKEND": backend},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if done.returncode:
-        raise ValueError(
-            f"backend {backend} does not start: {done.stderr.strip().splitlines()[-1]}"
-        )
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise ValueError(f"backend {backend} does not start: {reason}")
     return json.loads(done.stdout.strip().splitlines()[-1])[1]
 
 
@@ -159,6 +159,6 @@ def _cores():
 def _control_group(name):
     """Returns the words of a file of this process's control group; "" where there is none."""
     try:
-        return pathlib.Path("/sys/fs/cgroup", name).read_text().split() or [""]
+        return pathlib.Path("/sys/fs/cgroup", name).read_text(encoding="utf-8").split() or [""]
     except OSError:
         return [""]

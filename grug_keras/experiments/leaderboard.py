@@ -15,6 +15,7 @@ from grug_keras.experiments.results_file import (
     verdict_in_words,
 )
 from grug_keras.experiments.statistics import ALPHA
+from grug_keras.training.plots import plain_text, save_figure
 
 PAGE, PICTURE = "docs/leaderboard.md", "docs/leaderboard.png"
 _HEAD = f"""# Leaderboard
@@ -286,8 +287,8 @@ def _draw(found, path):
     for (scores, losses), (title, rows) in zip(panels, found.items(), strict=True):
         _draw_scores(scores, [row for row in rows if row["bits"] is not None])
         _draw_losses(losses, rows)
-        scores.set_title(title, fontsize=9, loc="left")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
+        scores.set_title(plain_text(title), fontsize=9, loc="left")
+    save_figure(figure, path, dpi=120)
 
 
 def _draw_scores(axes, rows):
@@ -299,7 +300,7 @@ def _draw_scores(axes, rows):
         fmt="o",
         capsize=3,
     )
-    axes.set_yticks(places, labels=[_label(row) for row in rows], fontsize=8)
+    axes.set_yticks(places, labels=[plain_text(_label(row)) for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("bits per byte (validation), with the 95% interval of the mean", fontsize=8)
     axes.grid(alpha=0.3, axis="x")
@@ -310,7 +311,7 @@ def _draw_losses(axes, rows):
     for row in [row for row in rows if row["curve"]][:8]:  # more lines than colours tell nothing
         steps, loss = zip(*row["curve"], strict=True)
         if all(map(math.isfinite, loss)):
-            axes.plot(steps, loss, linewidth=1.2, label=row["experiment"])
+            axes.plot(steps, loss, linewidth=1.2, label=plain_text(row["experiment"]))
             late += loss[len(loss) // 10 :]
     if late:
         axes.set_ylim(min(late) - 0.05 * (max(late) - min(late)), max(late))

@@ -109,7 +109,7 @@ def _train(packed, spec, out, cores):
     paths = [] if found is None else [found / "results.json", found / "curve.csv"]
     if log_file(out).is_file():
         paths.append(log_file(out))
-    return trained, {str(path.relative_to(out)): path.read_bytes() for path in paths}
+    return trained, {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}
 
 
 def _folder(out):

@@ -3,18 +3,28 @@
 import dataclasses
 import functools
 import pathlib
+import re
 
-from grug_keras.data import load_data
 from grug_keras.experiments.child import RunSpec
 from grug_keras.experiments.script import load_speedrun
 from grug_keras.training.identity import run_identity
 from grug_keras.training.model_config import size_config
 from grug_keras.training.options import read_arguments
 from grug_keras.training.provenance import flags, versions
-from grug_keras.training.run import VALIDATION_BYTES
+from grug_keras.training.run_data import load_run_data
 import keras
 
-_RESERVED = ("--seed", "--out", "--resume", "--results-only", "--profile", "--log")
+_PATHS = ("--data", "--mixture-at", "--tokenizer")  # options whose values may hold paths
+_RESERVED = (
+    "--seed",
+    "--out",
+    "--resume",
+    "--results-only",
+    "--profile",
+    "--log",
+    "--branch",
+    "--extend",
+)
 
 
 class Side:
@@ -43,7 +53,7 @@ class Side:
         self.arguments = _with_absolute_paths(arguments)
         self.module = load_speedrun(root / script)
         self.recipe, self.options = read_arguments(self.arguments, self.module.RECIPES)
-        self.data = _load(self.options.data, self.options.tokenizer)
+        self.data = _load(dataclasses.replace(self.options, seed=0), self.recipe)
 
     @property
     def is_small(self):
@@ -91,8 +101,8 @@ class Side:
 
 
 @functools.cache
-def _load(data, tokenizer):
-    return load_data(data, tokenizer, VALIDATION_BYTES)
+def _load(options, recipe):
+    return load_run_data(options, recipe, options.tokenizer)
 
 
 _versions = functools.cache(versions)
@@ -100,12 +110,25 @@ _versions = functools.cache(versions)
 
 def _with_absolute_paths(arguments):
     """The words of a command line; runs have another working folder than this command."""
-    words = []
+    words, option = [], ""
     for word in arguments:
-        option, equals, value = word.partition("=")
-        if not equals:
-            option, value = (words[-1] if words else ""), word
-        if option in ("--data", "--tokenizer") and pathlib.Path(value).exists():
-            word = word.removesuffix(value) + str(pathlib.Path(value).resolve())
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            word = f"{option}{equals}{_absolute(value)}" if option in _PATHS else word
+        else:
+            word, option = (_absolute(word) if option in _PATHS else word), ""
         words.append(word)
     return words
+
+
+def _absolute(value):
+    """A path, or each path of a mixture as in `a=0.7,b=0.3` and `500:a`, as an absolute one."""
+    if _resolved(value) != value:
+        return _resolved(value)
+    parts = re.findall(r"(\A\d+:|)([^,=]*)(=[^,]*|)(,|\Z)", value)
+    return "".join(f"{start}{_resolved(name)}{share}{end}" for start, name, share, end in parts)
+
+
+def _resolved(name):
+    path = pathlib.Path(name)
+    return str(path.resolve()) if name and path.exists() else name

@@ -37,7 +37,7 @@ def _describe(checkout, entry, commit, part):
     if not checkout.has_commit(commit):
         return f"{part} changed"
     folder = _FOLDERS.get(part, f"grug_keras/{part}")
-    names = checkout.git("diff", "--name-only", commit, "--", folder).splitlines()
+    names = checkout.git("diff", "--name-only", "-z", commit, "--", folder).split("\0")
     deep = part != "core"  # the folders in `grug_keras` are parts of their own
     files = [
         name.removeprefix(f"{folder}/")

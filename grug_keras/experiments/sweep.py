@@ -6,6 +6,7 @@ import math
 import statistics
 
 from grug_keras.optimizers import set_weight_decay
+from grug_keras.training.plots import plain_text, save_figure
 
 # No comparison uses these seeds: a rate that was chosen with a seed would be judged by it.
 TUNING_SEEDS = (1000, 1001)
@@ -168,7 +169,6 @@ def check_folder(folder, asked):
 
 def draw(result, path, title):
     """Draws the scores against the swept value, with the best one."""
-    from grug_keras.data.files import write_atomically
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
@@ -179,11 +179,11 @@ def draw(result, path, title):
         axes.plot(values, seed, ".", color="0.6")
     axes.plot(values, [statistics.fmean(s) for s in scores], "o-", color="tab:blue")
     axes.axvline(result.best, color="tab:orange", linestyle="--", label=f"best: {result.best:g}")
-    axes.set(title=title, xscale="log")
+    axes.set(title=plain_text(title), xscale="log")
     axes.set_xlabel(result.name.replace("_", " "))
     axes.set_ylabel("bits per byte (validation)")
     axes.set_xticks(values, labels=[f"{value:g}" for value in values])
     axes.minorticks_off()
     axes.legend()
     axes.grid(alpha=0.3)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+    save_figure(figure, path)

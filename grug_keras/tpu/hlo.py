@@ -132,7 +132,7 @@ def kernel_cycles():
     if not profiles:
         raise FileNotFoundError("no kernel was described: call record_kernels() before compiling")
     cycles = {}
-    for part in profiles[-1].read_text().split("\nHLO: "):
+    for part in profiles[-1].read_text(encoding="utf-8").split("\nHLO: "):
         if 'custom_call_target="tpu_custom_call"' not in part:
             continue
         name = re.match(r"%([A-Za-z_]\w*)", part)[1]

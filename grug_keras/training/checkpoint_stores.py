@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 
+from grug_keras.data.files import sync_folder
 import keras
 import numpy as np
 
@@ -23,36 +24,34 @@ def store_class():
 class OrbaxStore:
     """Writes sharded and in the background, with `orbax.checkpoint.CheckpointManager`."""
 
-    def __init__(self, folder, keep):
+    def __init__(self, folder, keep, read_only=False):
         import orbax.checkpoint as ocp
 
         logging.getLogger("absl").setLevel(logging.ERROR)  # it tells every step it takes
-        policies = ocp.checkpoint_managers
         self._ocp = ocp
+        if read_only:  # another process may be writing there
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            _put_aside_unreadable(folder)
+            options = self._options(keep)
+        self._manager = ocp.CheckpointManager(
+            folder, options=options, item_names=("state", "manifest")
+        )
+
+    def _options(self, keep):
+        """Keeps the latest few checkpoints, and the one with the lowest loss."""
 
         def loss(metrics):
             return metrics["loss"]
 
-        _put_aside_unreadable(folder)
-
-        self._manager = ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(keep),
-                        policies.BestN(
-                            get_metric_fn=loss,
-                            reverse=True,
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
-                best_fn=loss,  # without it the metrics are not written, and forgotten on resume
-                cleanup_tmp_directories=True,
-            ),
-            item_names=("state", "manifest"),
+        policies = self._ocp.checkpoint_managers
+        best = policies.BestN(
+            get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        return self._ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            best_fn=loss,  # without it the metrics are not written, and forgotten on resume
+            cleanup_tmp_directories=True,
         )
 
     def steps(self):
@@ -94,10 +93,21 @@ class OrbaxStore:
 class FileStore:
     """Writes one `.npz` and one `.json` file per step, beside and then renamed."""
 
-    def __init__(self, folder, keep):
+    def __init__(self, folder, keep, read_only=False):
         self.folder, self.keep = folder, keep
-        for left in folder.glob(".*.partial"):
+        if not read_only:
+            self._clean_up()
+
+    def _clean_up(self):
+        """Removes what a process that was killed has left half-written, or half-removed."""
+        for left in self.folder.glob(".*.partial"):
             shutil.rmtree(left, ignore_errors=True)
+        for old in self.folder.glob(".*.old"):
+            step = self.folder / old.name.removeprefix(".").removesuffix(".old")
+            if step.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(old, step)
 
     def steps(self):
         return [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
@@ -112,13 +122,26 @@ class FileStore:
                 flat = [np.frombuffer(value.tobytes(), np.uint8) for value in values]
                 np.savez(file, **{str(number): value for number, value in enumerate(flat)})
                 os.fsync(file.fileno())
-            (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-            shutil.rmtree(self.folder / str(step), ignore_errors=True)
-            os.replace(partial, self.folder / str(step))
+            with open(partial / "manifest.json", "w", encoding="utf-8") as file:
+                file.write(json.dumps(manifest))
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(partial)
+            self._put_in_place(partial, self.folder / str(step))
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         self._delete_old()
+
+    def _put_in_place(self, partial, path):
+        """Renames the new checkpoint; one of the same step goes when that is done."""
+        old = path.with_name(f".{path.name}.old")
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+        os.replace(partial, path)
+        sync_folder(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _delete_old(self):
         steps, losses = sorted(self.steps()), {}

@@ -26,14 +26,16 @@ class Checkpoints:
     Args:
         folder: path; all processes of a run must see it.
         keep: int, number of latest checkpoints that are kept.
+        read_only: bool, whether they are only read: another process may be writing.
     """
 
-    def __init__(self, folder, keep=3):
+    def __init__(self, folder, keep=3, read_only=False):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.folder = pathlib.Path(folder).resolve()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._store = store_class()(self.folder, keep)
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._store = store_class()(self.folder, keep, read_only)
 
     def steps(self):
         """Returns the steps that have a checkpoint, ascending."""
@@ -96,12 +98,13 @@ class Checkpoints:
             )
             return False
 
-    def restore(self, model):
+    def restore(self, model, at=None):
         """Restores the latest checkpoint that is undamaged; the log names those that are skipped.
 
         Args:
             model: built and compiled, with a built optimizer. It changes only after everything
                 is read and checked.
+            at: int or None, the step of the only one that will do.
 
         Returns:
             Pair of the step and the notes, or None if there is no checkpoint.
@@ -109,7 +112,7 @@ class Checkpoints:
         Raises:
             ValueError: if there are checkpoints and none can be used.
         """
-        steps = self.steps()
+        steps = self.steps() if at is None else [at]
         variables = state_variables(model)
         for step in reversed(steps):
             try:

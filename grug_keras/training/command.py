@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import logging
 import os
@@ -18,6 +17,8 @@ from grug_keras.data.quiet import quiet
 from grug_keras.memory import keep_memory
 from grug_keras.training.compile_cache import keep_compiled
 from grug_keras.training.options import chosen, command_line
+from grug_keras.training.places import check_utf8, settle_in
+from grug_keras.training.restart import restart_with
 from grug_keras.training.run import Run
 from grug_keras.training.startup import compiled_programs
 import keras
@@ -46,11 +47,13 @@ def main(script, build_model, *, recipes=RECIPES, build_optimizer=build_optimize
     @command_line(Recipe, list(recipes))
     def command(**values):
         """Trains this speedrun; leaves results, curve, picture and checkpoints in OUT."""
+        settle_in()
         restart_with(values["backend"])
         _set_up_process()
         with contextlib.ExitStack() as stack:
             try:
                 _check_given(script, given)
+                check_utf8(script, values["out"])
                 recipe, options = chosen(values, recipes)
                 options = _on_the_mesh(options, rules, stack)
                 keras.config.set_dtype_policy(options.dtype_policy)
@@ -131,22 +134,3 @@ def _log_to_stderr():
             jax.devices()  # libtpu complains where there is no TPU
         with contextlib.suppress(ImportError):
             import tensorflow  # noqa: F401 - Keras imports it, if it is there, to set its seed
-
-
-def restart_with(backend):
-    """Starts this command again under another backend: Keras fixes its backend on import.
-
-    Args:
-        backend: str or None, what the user asks for.
-
-    Raises:
-        click.ClickException: if it is not installed.
-    """
-    if backend not in (None, keras.config.backend()):
-        if importlib.util.find_spec(backend) is None:
-            raise click.ClickException(
-                f"--backend {backend}: {backend} is not installed; pip install {backend}"
-            )
-        os.environ["KERAS_BACKEND"] = backend
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *sys.argv])

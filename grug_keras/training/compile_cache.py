@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 from grug_keras.training.processor import processor
 
@@ -20,17 +21,19 @@ def keep_compiled():
     it off.
 
     Returns:
-        Path of the folder; None where there is no cache.
+        Path of the folder. None where there is no cache: for a user without a name or a home, and
+        where the home cannot be written to.
     """
     import jax
 
     if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
         return jax.config.jax_compilation_cache_dir
-    folder = cache_folder()
     try:
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None  # no home, or one that cannot be written to: compile each time
+        _check_writable(folder)
+    except (OSError, RuntimeError, KeyError):  # pathlib: a user without a home, or without a name
+        return None
     for name, value in {
         "jax_compilation_cache_dir": str(folder),
         "jax_compilation_cache_max_size": MOST_BYTES,
@@ -39,6 +42,13 @@ def keep_compiled():
     }.items():
         jax.config.update(name, value)
     return folder
+
+
+def _check_writable(folder):
+    """Writes a file; JAX also asks for the name of its owner, when it makes room."""
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        if os.name == "posix":
+            pathlib.Path(file.name).owner()
 
 
 def cache_folder():

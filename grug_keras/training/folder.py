@@ -1,11 +1,10 @@
-"""The folder of a run: where its files are, who holds it, and which one to continue."""
+"""The folder of a run: where its files are, and who holds it."""
 
 import datetime
 import json
-import logging
 import pathlib
 
-logger = logging.getLogger("grug_keras.training")
+from grug_keras.data.files import take_lock
 
 
 class RunFolder:
@@ -39,8 +38,24 @@ class RunFolder:
         return str(self.path)
 
     def record(self):
-        """The record that the run has left, a dict."""
-        return json.loads(self.results.read_text(encoding="utf-8"))
+        """The record that the run has left, a dict.
+
+        Raises:
+            ValueError: if the file holds none.
+        """
+        record = json.loads(self.results.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError(f"{self.results} holds no record of a run")
+        return record
+
+    def lacks_model(self, record):
+        """Whether a finished run could not write its model, so that it is gone on with for that."""
+        return bool(record.get("error")) and not self.model.exists()
+
+    def saved_steps(self):
+        """The steps that have a checkpoint, ascending."""
+        found = self.checkpoints.glob("[0-9]*")
+        return sorted(int(path.name) for path in found if path.name.isdecimal())
 
     def lock(self):
         """Keeps other processes out; a killed process leaves the folder unlocked.
@@ -51,8 +66,9 @@ class RunFolder:
         self._lock = lock(self.path)
 
     def unlock(self):
-        """Lets other processes in again."""
-        self._lock.release()
+        """Lets other processes in again, if this one has kept them out."""
+        if self._lock is not None:
+            self._lock.release()
 
 
 def lock(path):
@@ -62,19 +78,12 @@ def lock(path):
         path: `pathlib.Path`.
 
     Returns:
-        `filelock.FileLock`, to be released.
+        Lock with `release()`.
 
     Raises:
         ValueError: if another process holds it.
     """
-    import filelock
-
-    taken = filelock.FileLock(path / ".lock", timeout=0)
-    try:
-        taken.acquire()
-    except filelock.Timeout:
-        raise ValueError(f"another process is at work in {path}") from None
-    return taken
+    return take_lock(path / ".lock", f"another process is at work in {path}")
 
 
 def new_run_folder(root, name):
@@ -90,45 +99,3 @@ def new_run_folder(root, name):
         except OSError as error:
             raise ValueError(f"out={str(root)!r} cannot hold run folders: {error}") from error
     raise FileExistsError(f"out={str(root)!r} already holds a thousand runs of this second")
-
-
-def find_run(out, experiment, size, seed, resume):
-    """The run to continue.
-
-    Args:
-        out: path of the run folders.
-        experiment: str, name of the script.
-        size, seed: of the run to be.
-        resume: str or None. Path of a run folder; `""` is the newest in `out` of this experiment,
-            size and seed that was stopped: neither finished nor diverged.
-
-    Returns:
-        `RunFolder`, or None for a new run.
-
-    Raises:
-        ValueError: if the path holds no run, or one that is finished.
-    """
-    if resume is None:
-        return None
-    if resume:
-        folder = RunFolder(resume)
-        if not folder.results.is_file():
-            raise ValueError(f"resume={resume!r} holds no run: it has no results.json")
-        if folder.record()["status"] == "finished":
-            raise ValueError(f"resume={resume!r} is finished")
-        return folder
-    found = []
-    for path in pathlib.Path(out).glob(f"{experiment}-*/results.json"):
-        folder = RunFolder(path.parent)
-        try:
-            record = folder.record()
-        except ValueError as error:
-            logger.warning("%s is left out: %s", folder, error)
-            continue
-        same = (record["experiment"], record["size"], record["seed"]) == (experiment, size, seed)
-        if same and record["status"] not in ("finished", "diverged"):
-            found.append(folder)
-    if not found:
-        print(f"nothing to resume in {out}: a new run", flush=True)
-        return None
-    return max(found, key=lambda folder: folder.results.stat().st_mtime_ns)

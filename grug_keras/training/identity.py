@@ -36,10 +36,18 @@ def run_identity(
         "options": [options.size, options.packing, options.seed, options.dtype_policy],
         "mesh": options.mesh,
         "config": config.as_dict(),
-        "data": {name: value for name, value in data.items() if name != "name"},
+        "data": _without_names(data),
         "tokenizer": tokenizer.sha256 or tokenizer.name,
         "backend": backend,
         "device": device,
     }
     text = json.dumps(made_of, sort_keys=True, default=float)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_names(data):
+    """Returns the description of data without the names, which are paths, of it and its sources."""
+    kept = {name: value for name, value in data.items() if name != "name"}
+    if "sources" in kept:
+        kept["sources"] = [_without_names(source) for source in kept["sources"]]
+    return kept

@@ -25,11 +25,15 @@ COLUMNS = (
     "mfu",
 )
 _SECONDS_A_LINE = 0.5  # on a terminal, where one line is written over and over
+_SECONDS_A_LOG_LINE = 30.0  # elsewhere, besides the lines of every tenth of the run
+_SECONDS_UNWRITTEN = 1.0  # so rows of short steps are written together
 logger = logging.getLogger("grug_keras.training.meter")
 
 
 class Meter(keras.callbacks.Callback):
     """Writes a CSV row per step and prints progress; on a terminal it rewrites one line.
+
+    Elsewhere it prints a line each tenth of the run, and each half minute.
 
     On JAX and TensorFlow, Keras calls it from threads that wait for the metrics of a step while
     the training continues; so the time of a row is when its step was done. It stops the training
@@ -37,7 +41,8 @@ class Meter(keras.callbacks.Callback):
 
     Args:
         path: the CSV file. Its rows up to `first_step` are kept.
-        tokens_per_step: int.
+        tokens_in: function of a step, counted from 0, returns how many tokens it trains on;
+            padding is none.
         steps: int, length of the run.
         schedule: learning-rate schedule with `at(step)`.
         flops_per_token: int, see `flops.flops_per_token`.
@@ -64,7 +69,7 @@ class Meter(keras.callbacks.Callback):
         self,
         path,
         *,
-        tokens_per_step,
+        tokens_in,
         steps,
         schedule,
         flops_per_token=0,
@@ -75,24 +80,23 @@ class Meter(keras.callbacks.Callback):
         extra=(),
     ):
         super().__init__()
-        self.path, self.tokens_per_step, self.schedule = (
-            pathlib.Path(path),
-            tokens_per_step,
-            schedule,
-        )
+        self.path, self.schedule, self.tokens_in = pathlib.Path(path), schedule, tokens_in
         self.steps, self.report_every = steps, max(1, steps // 10)
-        self.flops_per_step, self.peak_flops = flops_per_token * tokens_per_step, peak_flops
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.steps_done, self.train_seconds, self.sinks = first_step, train_seconds, sinks
         self.compile_seconds, self.first_step_seconds = None, None
         self.last_loss, self.bad_step = None, None
         self._lock, self._arrived, self._first = threading.Lock(), {}, first_step
-        self._timed_steps, self._timed_seconds = 0, 0.0
+        self._timed_steps, self._timed_tokens, self._timed_seconds = 0, 0, 0.0
         self.extra = list(extra)
         rows = keep_rows(self.path, first_step if process()[0] == 0 else 0, self.extra)
+        self.tokens = 0
         if rows:  # a run that has nothing left to train has a last loss all the same
-            self.last_loss = float(rows[-1].split(",")[COLUMNS.index("loss")])
+            last = dict(zip(COLUMNS, rows[-1].split(","), strict=False))
+            self.last_loss, self.tokens = float(last["loss"]), int(last["tokens"])
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-        self._waiting, self._full, self._printed = bytearray(), False, 0.0
+        self._waiting, self._full = bytearray(), False
+        self._printed = self._wrote = time.perf_counter()
 
     def on_train_begin(self, logs=None):
         self._first = self.steps_done
@@ -106,37 +110,30 @@ class Meter(keras.callbacks.Callback):
                 self._row(*self._arrived.pop(self.steps_done))
 
     def _row(self, now, logs):
-        step, took = self.steps_done, now - self._last
+        # Threads report: the time of a step may be before that of the one before it.
+        step, took = self.steps_done, max(now - self._last, 0.0)
         self.steps_done, self._last = step + 1, max(now, self._last)
+        tokens = self.tokens_in(step)
+        self.tokens += tokens
         if self.compile_seconds is None:
             self.compile_seconds = took
             self.first_step_seconds = process_seconds()
         else:
             self.train_seconds += took
-            self._timed_steps, self._timed_seconds = (
-                self._timed_steps + 1,
-                self._timed_seconds + took,
-            )
+            self._timed_steps += 1
+            self._timed_tokens += tokens
+            self._timed_seconds += took
         self.last_loss = logs["batch_loss"]
-        mfu = self.mfu(1, took) if self._timed_steps else None
         values = {
             "loss": self.last_loss,
             "learning_rate": self.schedule.at(step),
             "gradient_norm": logs.get("gradient_norm"),
             "ms": 1e3 * took,
-            "tokens_per_second": self.tokens_per_step / took if took else None,
-            "mfu": mfu,
+            "tokens_per_second": tokens / took if took else None,
+            "mfu": self.mfu(tokens, took) if self._timed_steps else None,
             **{name: logs.get(name) for name in self.extra},
         }
-        tokens = self.steps_done * self.tokens_per_step
-        # 9 digits are enough to tell any two float32 numbers apart.
-        formats = (".9g", ".9g", ".9g", ".3f", ".0f", ".4f", *[".9g"] * len(self.extra))
-        cells = [
-            "" if value is None else format(value, how)
-            for value, how in zip(values.values(), formats, strict=True)
-        ]
-        row = ",".join([str(self.steps_done), str(tokens), f"{self.train_seconds:.3f}", *cells])
-        self._waiting += f"{row}\r\n".encode()
+        self._waiting += self._csv(values)
         for sink in self.sinks:
             sink.log(self.steps_done, {k: v for k, v in values.items() if v is not None})
         if self.bad_step is None and not math.isfinite(self.last_loss):
@@ -144,14 +141,33 @@ class Meter(keras.callbacks.Callback):
             # Several processes would not stop after the same step: they go on to the next halt.
             if process()[1] == 1:
                 self._model.stop_training = True  # `self.model` would copy the weights back
+        self._tell(now)
+
+    def _csv(self, values):
+        """Returns the row of a step as bytes."""
+        # 9 digits are enough to tell any two float32 numbers apart.
+        formats = (".9g", ".9g", ".9g", ".3f", ".0f", ".4f", *[".9g"] * len(self.extra))
+        cells = [
+            "" if value is None else format(value, how)
+            for value, how in zip(values.values(), formats, strict=True)
+        ]
+        first = [str(self.steps_done), str(self.tokens), f"{self.train_seconds:.3f}"]
+        return (",".join([*first, *cells]) + "\r\n").encode()
+
+    def _tell(self, now):
+        """Writes the rows and a line of progress, if it is time."""
         due = self.steps_done % self.report_every == 0
-        if due:
+        if due or now - self._wrote >= _SECONDS_UNWRITTEN:
             self._write()
-        if sys.stdout.isatty():
-            if due or now - self._printed > _SECONDS_A_LINE:
-                self._printed = now
-                print(f"\r{self._line()}\x1b[K", end="\n" if due else "", flush=True)
-        elif due:
+            self._wrote = now
+        on_terminal = sys.stdout.isatty()
+        pause = _SECONDS_A_LINE if on_terminal else _SECONDS_A_LOG_LINE
+        if not due and now - self._printed < pause:
+            return
+        self._printed = now
+        if on_terminal:
+            print(f"\r{self._line()}\x1b[K", end="\n" if due else "", flush=True)
+        else:
             print(self._line(), flush=True)
 
     def _write(self):
@@ -173,32 +189,32 @@ class Meter(keras.callbacks.Callback):
             f"loss {self.last_loss:.4f}",
             f"{self.tokens_per_second:,.0f} tokens/s",
         ]
-        if (mfu := self.mfu(self._timed_steps, self._timed_seconds)) is not None:
+        if (mfu := self.mfu(self._timed_tokens, self._timed_seconds)) is not None:
             parts.append(f"MFU {100 * mfu:.1f}%")
         if self._timed_steps and self.steps_done < self.steps:
             left = (self.steps - self.steps_done) * self._timed_seconds / self._timed_steps
             parts.append(f"{_duration(left)} left")
         return "  ".join(parts)
 
-    def mfu(self, steps, seconds):
+    def mfu(self, tokens, seconds):
         """Returns the share of the peak FLOPs of the devices that is used, or None if unknown."""
         if not self.peak_flops or not seconds:
             return None
-        return self.flops_per_step * steps / seconds / self.peak_flops
+        return self.flops_per_token * tokens / seconds / self.peak_flops
 
     @property
     def tokens_per_second(self):
         """Training speed of this process without its first step."""
-        return self._timed_steps * self.tokens_per_step / (self._timed_seconds or math.inf)
+        return self._timed_tokens / (self._timed_seconds or math.inf)
 
     def figures(self):
         """Returns the figures of the training so far for the record; unknown ones are None."""
         finite = self.last_loss is not None and math.isfinite(self.last_loss)
-        mfu = self.mfu(self._timed_steps, self._timed_seconds)
+        mfu = self.mfu(self._timed_tokens, self._timed_seconds)
         timed = self._timed_steps
         return {
             "steps": self.steps_done,
-            "tokens": self.steps_done * self.tokens_per_step,
+            "tokens": self.tokens,
             "seconds": round(self.train_seconds, 2),
             "compile_seconds": self.compile_seconds and round(self.compile_seconds, 2),
             "first_step_seconds": self.first_step_seconds and round(self.first_step_seconds, 2),
@@ -247,33 +263,6 @@ def keep_rows(path, steps, extra=()):
     text = "\r\n".join([header, *kept, ""])
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8", newline=""))
     return kept
-
-
-def peak_memory():
-    """Returns the peak memory in bytes of the first device, on CPU of the process, or None."""
-    backend = keras.config.backend()
-    if backend == "jax":
-        import jax
-
-        stats = jax.local_devices()[0].memory_stats()
-        if stats and "peak_bytes_in_use" in stats:
-            return stats["peak_bytes_in_use"]
-    elif backend == "torch":
-        import torch
-
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-    else:
-        import tensorflow as tf
-
-        if tf.config.list_physical_devices("GPU"):
-            return tf.config.experimental.get_memory_info("GPU:0")["peak"]
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _duration(seconds):

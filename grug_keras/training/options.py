@@ -1,11 +1,29 @@
 """What a person chooses for a run: each field is an option of the command line of a script."""
 
 import dataclasses
+import pathlib
 
 import click
 from grug_keras.config import REMAT
 from grug_keras.data.batches import PACKINGS
+from grug_keras.data.reading import ON_BAD_RECORD
 from grug_keras.training.sinks import SINKS
+
+# What may differ between a run and its continuation; `branch` is compared by itself.
+MAY_DIFFER = (
+    "mesh",
+    "save_every",
+    "save_minutes",
+    "evaluate_every",
+    "keep",
+    "out",
+    "resume",
+    "extend",
+    "branch",
+    "profile",
+    "results_only",
+    "log",
+)
 
 
 def _option(default, help, **click_options):
@@ -24,7 +42,11 @@ class RunOptions:
     Args:
         size: str, preset of the model and name of the recipe.
         data: str, see `grug_keras.data.load_data`.
-        tokenizer: str or None, likewise.
+        mixture_at: tuple of str, likewise.
+        text_field, encoding, on_bad_record, deduplicate: of `grug_keras.data.Reading`.
+        validation_bytes: int or None, about how much text the validation slice of each source
+            has; None is by the budget, see `run_data.validation_bytes`.
+        tokenizer, document_start: str or None, see `grug_keras.data.load_data`.
         packing: str, of `grug_keras.data.TokenBatches`.
         seed: int, of the initial weights and the data order.
         seq_len: int or None, sequence length instead of the preset's `max_seq_len`.
@@ -34,30 +56,60 @@ class RunOptions:
         mesh: str or None, see `grug_keras.distribution.distribute`.
         remat: str or None, of `GrugConfig`, instead of the preset's.
         save_every: int or None, steps between checkpoints; None is a tenth of the run.
+        save_minutes: float > 0, minutes after which there is a checkpoint besides.
         evaluate_every: int or None, steps between evaluations; None is at the end only.
         keep: int, number of latest checkpoints that are kept, besides the best one.
         out: str, folder of the run folders.
         resume: str or None, path of a run folder to continue; `""` is the newest unfinished
-            one in `out` of this script, size and seed, or a new one.
+            one in `out` that was given the same recipe and options, or a new one.
+        extend: bool, whether the run that is continued gets more steps, also if it is finished.
+            From its last checkpoint on the learning rate is that of a run of the new length: after
+            a cool-down it rises again.
+        branch: str or None, `RUN` or `RUN@STEP`. The new run begins from a checkpoint of another
+            run, before the cool-down there: weights, optimizer, position in the data and warm-up
+            are that run's. The rate stays where it is until the cool-down of the new run.
         profile: int, steps that are traced after the first ones, into the run's folder `trace`.
         norms: bool, whether the norms of gradients, parameters and updates are logged by role.
         results_only: bool, whether the run writes record and curve alone: no sample, picture or
-            model, and checkpoints at least ten minutes apart, which go when it has ended.
+            model, and checkpoints only every `save_minutes`, which go when it has ended.
         log: names of `sinks.SINKS`, where the metrics go besides the run folder.
     """
 
     size: str = _option("smoke", "Model and recipe.")
     data: str = _option(
         "python_stdlib",
-        "python_stdlib (no network); a file or folder of text, JSON lines or Parquet; a TFDS "
-        "dataset; or tokens: a folder of `grug tokenize` or of .bin files.",
-        metavar="NAME|PATH",
+        "python_stdlib (no network); a file or folder of text, JSON, Parquet or Arrow; a TFDS "
+        "dataset; tokens: a folder of `grug tokenize` or of .bin files; or several with weights.",
+        metavar="NAME|PATH|A=0.7,B=0.3",
+    )
+    mixture_at: tuple = _option(
+        (), "The sources and weights from a step on.", multiple=True, metavar="STEP:A=0.1,B=0.9"
+    )
+    text_field: str | None = _option(
+        None,
+        "Field of the records that holds the text; a.b is a field of a field.",
+        show_default="text, or the only one with text",
+    )
+    encoding: str = _option("utf-8", "Of text files and JSON.")
+    on_bad_record: str = _option(
+        "fail", "What a record without text does.", type=click.Choice(list(ON_BAD_RECORD))
+    )
+    deduplicate: bool = _option(False, "Leave out documents whose text came before.", is_flag=True)
+    validation_bytes: int | None = _option(
+        None,
+        "Size of the validation slice of each source.",
+        type=_at_least(1),
+        show_default="a byte for 256 training tokens, 256 KiB to 32 MiB",
     )
     tokenizer: str | None = _option(
         None,
-        "bytes, a BPE of N tokens trained on the text, a tokenizer.json, or KerasHub's.",
+        "bytes, a BPE of N tokens trained on the text, a file (tokenizer.json, tekken.json, "
+        ".tiktoken, tokenizer.model), or KerasHub's.",
         metavar="bytes|bpe:N|PATH|PRESET",
         show_default="the one of the tokens, else bytes",
+    )
+    document_start: str | None = _option(
+        None, "Token of the tokenizer that starts a document.", show_default="what it says itself"
     )
     packing: str = _option(
         "stream",
@@ -94,6 +146,11 @@ class RunOptions:
     save_every: int | None = _option(
         None, "Steps between checkpoints.", type=_at_least(1), show_default="a tenth of the run"
     )
+    save_minutes: float = _option(
+        10.0,
+        "Minutes between checkpoints at most.",
+        type=click.FloatRange(min=0, min_open=True),
+    )
     evaluate_every: int | None = _option(
         None, "Steps between evaluations.", type=_at_least(1), show_default="at the end only"
     )
@@ -101,10 +158,18 @@ class RunOptions:
     out: str = _option("runs", "Folder of the run folders.", type=click.Path(file_okay=False))
     resume: str | None = _option(
         None,
-        "Continue a run folder, or the newest unfinished one, if any.",
+        "Continue a run folder, or the newest unfinished run of these options, if any.",
         is_flag=False,
         flag_value="",
         metavar="[RUN]",
+    )
+    extend: bool = _option(
+        False, "With --resume RUN: go on to more --steps, also if it is finished.", is_flag=True
+    )
+    branch: str | None = _option(
+        None,
+        "Begin from a checkpoint of another run, before its cool-down: the last one, or STEP's.",
+        metavar="RUN[@STEP]",
     )
     profile: int = _option(0, "Trace some steps, into RUN/trace.", type=click.IntRange(min=0))
     norms: bool = _option(
@@ -116,6 +181,24 @@ class RunOptions:
     log: tuple = _option(
         (), "Where metrics go as well.", multiple=True, type=click.Choice(list(SINKS))
     )
+
+    def asked(self):
+        """The options that a run and its continuation must share, a dict."""
+        names = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in names if name not in MAY_DIFFER}
+
+    def branch_of(self):
+        """The run that this one branches from.
+
+        Returns:
+            Pair of the `pathlib.Path` of its folder and the step, an int or None; None without.
+        """
+        if self.branch is None:
+            return None
+        path, at, step = self.branch.rpartition("@")
+        if at and step.isdecimal():
+            return pathlib.Path(path).resolve(), int(step)
+        return pathlib.Path(self.branch).resolve(), None
 
     @property
     def dtype_policy(self):

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import statistics
+import warnings
 
 from grug_keras.data.files import write_atomically
 
@@ -25,7 +26,10 @@ def read_curve(path):
         rows = list(csv.DictReader(file))
     if not rows or not {"step", "tokens", "seconds", "loss"} <= rows[0].keys():
         raise ValueError(f"{path} holds no loss curve")
-    return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
+    try:
+        return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def thin_curve(path, points=50):
@@ -49,7 +53,7 @@ def thin_curve(path, points=50):
     return [[int(steps[-1]), round(statistics.fmean(losses), 5)] for steps, losses in parts]
 
 
-def plot_curve(csv_path, png_path, *, title, validation=None):
+def plot_curve(csv_path, png_path, *, title, validation=None, by_source=None):
     """Draws training loss against tokens, raw and smoothed.
 
     Args:
@@ -57,6 +61,7 @@ def plot_curve(csv_path, png_path, *, title, validation=None):
         png_path: where the picture goes.
         title: str.
         validation: float or None, final validation loss in nats per token.
+        by_source: dict of source -> such a loss, of a mixture.
     """
     import matplotlib.figure  # a Figure without pyplot needs no display
 
@@ -69,10 +74,16 @@ def plot_curve(csv_path, png_path, *, title, validation=None):
     if validation is not None:
         label = f"validation, at the end: {validation:.3f}"
         axes.axhline(validation, color="tab:red", linestyle="--", linewidth=1.2, label=label)
-    axes.set_title(title)
+    for number, (source, loss) in enumerate((by_source or {}).items()):
+        label, color = (
+            plain_text(f"of {source}: {loss:.3f}"),
+            f"C{(1, 2, *range(4, 10))[number % 8]}",
+        )
+        axes.axhline(loss, color=color, linestyle=":", linewidth=1.2, label=label)
+    axes.set_title(plain_text(title))
     axes.set_xlabel("training tokens")
     _label_losses(axes)
-    write_atomically(png_path, lambda temporary: figure.savefig(temporary, dpi=150))
+    save_figure(figure, png_path)
 
 
 def plot_runs(folders, path):
@@ -92,6 +103,7 @@ def plot_runs(folders, path):
     figure = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for folder, label in zip(map(pathlib.Path, folders), _labels(folders), strict=True):
+        label = plain_text(label)
         if not (folder / "curve.csv").is_file():
             raise ValueError(f"{folder} holds no curve.csv: not a run folder")
         curve = read_curve(folder / "curve.csv")
@@ -110,7 +122,7 @@ def plot_runs(folders, path):
     panels[1].set_ylabel("")
     if any(len(_evaluations(pathlib.Path(f), None, "step")[0]) for f in folders):
         figure.suptitle("training loss, smoothed; points are the validation slice", fontsize=10)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+    save_figure(figure, path)
 
 
 def plot_comparison(result, records, path):
@@ -146,7 +158,7 @@ def plot_comparison(result, records, path):
             medians = [run["ms_per_step"] or 0 for run in side["runs"]]
             scale = statistics.median(medians) / 1e3 if by_time else 1
             x = [step * scale for step in steps]
-            label = f"{'AB'[place]}: {side['id']}"
+            label = plain_text(f"{'AB'[place]}: {side['id']}")
             losses.plot(x, loss, color=color, linewidth=1.8, label=label, zorder=3)
     pairs.set_xticks((0, 1), labels=("A", "B"))
     pairs.set_xlim(-0.3, 1.3)
@@ -162,7 +174,7 @@ def plot_comparison(result, records, path):
     losses.set_title(f"{bits['verdict']}, at equal {result['match']}", fontsize=10)
     _label_losses(losses)
     losses.set_ylabel("training loss (nats per token)")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+    save_figure(figure, path)
 
 
 def _labels(folders):
@@ -192,6 +204,19 @@ def _label_losses(axes):
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def plain_text(text):
+    """Returns a text as Matplotlib shows it as it is: "$" begins no formula, "_" hides no label."""
+    text = text.encode(errors="backslashreplace").decode()  # half a character in a path
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def save_figure(figure, path, dpi=150):
+    """Writes a picture, and says nothing of characters that its font does not have."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=dpi))
 
 
 def smooth(values):

@@ -9,7 +9,7 @@ def processor():
     """Returns a short name of the kind of processor: its architecture and instructions."""
     text = platform.machine() + platform.processor()
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     text += "".join(sorted({line for line in lines if line.startswith(("flags", "Features"))}))

@@ -1,15 +1,19 @@
 """What a result came from: the commit, the versions of the libraries, the device."""
 
+import functools
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import platform
-import subprocess
 
+from grug_keras.training.git import git, is_no_checkout
 from grug_keras.training.processor import processor
 from grug_keras.training.source import source_of
 import keras
+
+logger = logging.getLogger("grug_keras.training")
 
 SNAPSHOT = "snapshot.json"
 _PACKAGES = (
@@ -33,30 +37,33 @@ def git_state(script):
         script: path. In a snapshot (`experiments/snapshot.py`) it has what the snapshot is of.
 
     Returns:
-        `(commit, dirty)` of the checkout, or `(None, None)` outside of one. It is dirty if the
-        script, `grug_keras` or `ops` differ from the commit, or if what is imported differs from
-        them; other files make no numbers.
+        `(commit, dirty)` of the checkout. `(None, None)` outside of one, and where git refuses,
+        with its reason in the log. It is dirty if the script, `grug_keras` or `ops` differ from
+        the commit, or if what is imported differs from them; other files make no numbers.
     """
     script = pathlib.Path(script).resolve()
     for folder in script.parents:
         if (folder / SNAPSHOT).is_file():
             said = json.loads((folder / SNAPSHOT).read_text(encoding="utf-8"))
             return said["commit"], said["dirty"]
-
-    def git(*arguments):
-        command = ["git", "-C", str(script.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    here = functools.partial(git, script.parent)
     try:
-        commit, top = git("rev-parse", "HEAD"), pathlib.Path(git("rev-parse", "--show-toplevel"))
+        commit, top = here("rev-parse", "HEAD"), pathlib.Path(here("rev-parse", "--show-toplevel"))
         paths = [path for path in (top / "grug_keras", top / "ops", script) if path.exists()]
-        changed = git("status", "--porcelain", "--untracked-files=all", "--", *map(str, paths))
-    except (OSError, subprocess.CalledProcessError):
+        changed = here("status", "--porcelain", "--untracked-files=all", "--", *map(str, paths))
+    except ValueError as error:
+        if not is_no_checkout(error):
+            _say_once(f"the run is recorded without its commit: {error}")
         return None, None
     package = pathlib.Path(__file__).resolve().parent.parent
     theirs = (top / "grug_keras").resolve()
     imported = package == theirs or source_of(script) == source_of(script, theirs)
     return commit, bool(changed) or not imported
+
+
+@functools.cache
+def _say_once(reason):
+    logger.warning("%s", reason)
 
 
 # Variables of the environment that change how numbers are computed.
@@ -94,10 +101,14 @@ def device():
         import torch
 
         kinds = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if not kinds and torch.backends.mps.is_available():
+            kinds = ["mps"]
     else:
         import tensorflow as tf
 
-        kinds = [d.name for d in tf.config.list_physical_devices("GPU")]
+        details = tf.config.experimental.get_device_details
+        gpus = tf.config.list_physical_devices("GPU")
+        kinds = [details(gpu).get("device_name", gpu.name) for gpu in gpus]
     kinds = kinds or ["cpu"]
     return {
         "kind": kinds[0],

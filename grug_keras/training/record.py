@@ -13,34 +13,11 @@ from grug_keras.data.files import write_json
 from grug_keras.tpu.flops import MFU_CONVENTION, flops_per_token
 from grug_keras.training.identity import run_identity
 from grug_keras.training.provenance import device, flags, git_state, versions
+from grug_keras.training.same_run import plain_json
 from grug_keras.training.source import source_of
 import keras
 
 logger = logging.getLogger("grug_keras.training")
-
-# What a continued run must share with the one that began.
-_IDENTITY = (
-    "experiment",
-    "size",
-    "seed",
-    "recipe",
-    "packing",
-    "tokenizer",
-    "data",
-    "config",
-    "block_class",
-    "optimizer",
-    "optimizer_config",
-    "dtype",
-    "backend",
-)
-_NO_IDENTITY = (
-    "tokenizer.name",
-    "optimizer_config.config.name",
-    "recipe.save_every",
-    "recipe.evaluate_every",
-    "recipe.keep",
-)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -55,6 +32,8 @@ class RunRecord:
         command: str, the command line.
         started, finished: str, ISO 8601 times in UTC.
         resumed: list of int, the steps that the run was continued from.
+        segments: list of dict, what each process has trained, see `segments.segment_of`.
+        branched_from: dict or None, of `branch.find_origin`.
         identity: str, of what made the numbers, see `identity.run_identity`.
         source: dict of hashes of the code, see `source.source_of`.
         commit: str or None, of the checkout that holds the script.
@@ -63,6 +42,7 @@ class RunRecord:
         config: dict, of the `GrugConfig`.
         block_class: str.
         recipe: dict, of the `Recipe`.
+        options: dict, of `RunOptions.asked`.
         save_every, evaluate_every, keep: int or None, of the `RunOptions`.
         optimizer: str, name of the class.
         optimizer_config: dict, serialized by Keras.
@@ -90,18 +70,22 @@ class RunRecord:
         curve: list of `[step, train loss]`, thinned, see `plots.thin_curve`.
         evaluations: list of dicts of `step`, `loss` and `bits_per_byte`.
         loss, bits_per_byte: float, on the validation slice after the last step.
-        sample: dict of `prompt` and `text`.
+        bits_per_byte_interval: list of two floats or None, see `document_scores.score_interval`.
+        epochs: list of float, how often each source was read.
+        sample: dict of `prompt` and `text`; None if it failed.
         bad_step: int or None, index of the first step whose loss is not finite.
-        error: str or None, of a run that failed.
+        error: str or None, of a run that failed, or that could not write its model.
     """
 
-    schema: int = 5
+    schema: int = 6
     id: str
     experiment: str
     status: str = "running"
     command: str
     started: str
     resumed: list = dataclasses.field(default_factory=list)
+    segments: list = dataclasses.field(default_factory=list)
+    branched_from: dict | None = None
     finished: str | None = None
     identity: str
     source: dict
@@ -111,6 +95,7 @@ class RunRecord:
     config: dict
     block_class: str
     recipe: dict
+    options: dict
     save_every: int | None
     evaluate_every: int | None
     keep: int
@@ -150,6 +135,8 @@ class RunRecord:
     evaluations: list = dataclasses.field(default_factory=list)
     loss: float | None = None
     bits_per_byte: float | None = None
+    bits_per_byte_interval: list | None = None
+    epochs: list = dataclasses.field(default_factory=list)
     sample: dict | None = None
     bad_step: int | None = None
     error: str | None = None
@@ -160,6 +147,10 @@ class RunRecord:
             if name not in self.__dataclass_fields__:
                 raise AttributeError(f"a record has no field {name!r}")
             setattr(self, name, value)
+
+    def as_dict(self):
+        """The record as JSON gives it back."""
+        return plain_json(dataclasses.asdict(self))
 
     def save(self, path):
         """Writes the sealed record as JSON, whole or not at all."""
@@ -203,7 +194,7 @@ def new_record(run, model):
     parameters = model.count_params()
     embeddings = sum(layer.count_params() for layer in (model.token_embedding, model.lm_head))
     return RunRecord(
-        id=run.folder.id,
+        id="",  # it has no folder yet
         experiment=run.script.stem,
         command=shlex.join(["python", *sys.argv]),
         started=utc_now(),
@@ -214,11 +205,12 @@ def new_record(run, model):
         config=model.config.as_dict(),
         block_class=model.block_class.__name__,
         recipe=dataclasses.asdict(run.recipe),
+        options=plain_json(run.options.asked()),
         save_every=run.options.save_every,
         evaluate_every=run.options.evaluate_every,
         keep=run.options.keep,
         optimizer=type(model.optimizer).__name__,
-        optimizer_config=_plain_json(keras.saving.serialize_keras_object(model.optimizer)),
+        optimizer_config=plain_json(keras.saving.serialize_keras_object(model.optimizer)),
         dtype=model.dtype_policy.name,
         seed=run.options.seed,
         packing=run.options.packing,
@@ -230,47 +222,6 @@ def new_record(run, model):
         parameters_non_embedding=parameters - embeddings,
         flops_per_token=flops_per_token(model, run.config.max_seq_len),
     )
-
-
-def check_same_run(began, record, folder):
-    """Refuses to continue a run with other options, data or model.
-
-    Args:
-        began: dict, the record that the run left.
-        record: `RunRecord` of now.
-        folder: `RunFolder`.
-
-    Raises:
-        ValueError: names the first difference.
-    """
-    now = _plain_json(dataclasses.asdict(record))
-    old, new = (dict(_identity(values)) for values in (began, now))
-    for name in {**old, **new}:
-        if old.get(name) != new.get(name):
-            raise ValueError(
-                f"resume: {name} is {new.get(name)!r} here, but {old.get(name)!r} in {folder}; "
-                "give the options of that run, or start a new one"
-            )
-
-
-def _identity(record):
-    """Yields `(dotted name, value)` of what a run and its continuation must share."""
-
-    def flatten(name, value):
-        # A tokenizer that was trained here has another name in its file, Keras numbers the
-        # optimizers of a process, and a class may have moved to another module.
-        # Before schema 4 the recipe held when a run halts.
-        ignored = name in _NO_IDENTITY
-        if name == "config.remat" and isinstance(value, bool):
-            value = "full" if value else "none"  # as records of before had it
-        if isinstance(value, dict):
-            for key, part in value.items():
-                yield from flatten(f"{name}.{key}", part)
-        elif not ignored and not name.endswith(".module"):
-            yield name, value
-
-    for name in _IDENTITY:
-        yield from flatten(name, record.get(name))
 
 
 def seal(record):
@@ -290,14 +241,10 @@ def is_sealed(record):
 
 def _checksum(record):
     text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    # A path may hold half a character.
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
 
 def utc_now():
     """The time in UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _plain_json(value):
-    """The value as JSON gives it back; numbers of other libraries become Python's."""
-    return json.loads(json.dumps(value, default=float))

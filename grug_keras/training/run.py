@@ -1,6 +1,7 @@
 """One training run: from data, options and a model to a folder with the record of it."""
 
 import contextlib
+import copy
 import functools
 import pathlib
 import shutil
@@ -8,25 +9,34 @@ import time
 
 import click
 from grug_keras import distribution
-from grug_keras.data import TokenBatches, load_data
+from grug_keras.data import TokenBatches
 from grug_keras.metrics import NORMS, metric_results
 from grug_keras.optimizers import role_in, set_weight_decay
 from grug_keras.tpu.flops import peak_flops
+from grug_keras.training.checkpoint_stores import one_line
 from grug_keras.training.checkpoints import Checkpoints
-from grug_keras.training.folder import RunFolder, find_run, new_run_folder
+from grug_keras.training.continuation import Continuation
 from grug_keras.training.initial_values import initial_values_by_path
+from grug_keras.training.interrupts import StopOnInterrupt
+from grug_keras.training.keepsakes import leave_keepsakes
 from grug_keras.training.loop import TrainingLoop
-from grug_keras.training.meter import Meter, peak_memory
+from grug_keras.training.memory_use import (
+    check_memory,
+    in_one_line,
+    is_out_of_memory,
+    least_bytes,
+    peak_memory,
+)
+from grug_keras.training.meter import Meter
 from grug_keras.training.model_config import size_config
-from grug_keras.training.plots import plot_curve, thin_curve
-from grug_keras.training.record import check_same_run, new_record, utc_now
+from grug_keras.training.plots import thin_curve
+from grug_keras.training.record import new_record, utc_now
 from grug_keras.training.report import announce, report
-from grug_keras.training.sampling import sample_validation
-from grug_keras.training.sinks import SINKS
+from grug_keras.training.run_data import load_run_data
+from grug_keras.training.sinks import SINKS, open_sinks
 from grug_keras.training.startup import compiled_programs, process_seconds
 import keras
 
-VALIDATION_BYTES = 2**18
 NARROW = 256
 
 
@@ -43,44 +53,44 @@ class Run:
     """
 
     def __init__(self, script, recipe, options):
-        self.script, self.recipe, self.options = pathlib.Path(script), recipe, options
-        is_first = distribution.process()[0] == 0
-        self.folder, self.began = None, None
-        if is_first:
-            arguments = (options.size, options.seed, options.resume)
-            self.folder = find_run(options.out, self.script.stem, *arguments)
-        tokenizer = options.tokenizer
-        if self.folder is not None:
-            self.began = self.folder.record()
-            if self.folder.tokenizer.exists():  # a BPE is not trained again
-                tokenizer = str(self.folder.tokenizer)
-        self.data = load_data(options.data, tokenizer, VALIDATION_BYTES)
-        self.config = size_config(
-            options.size, self.data.tokenizer.vocab_size, options.seq_len, options.remat
-        )
-        self.train_batches, self.validation_batches = self._batches()
-        self.schedule = recipe.schedule()
-        self.log = options.log if is_first else ()
-        for name in self.log:
-            SINKS[name].require()
+        self.script, self.options = pathlib.Path(script), options
+        self.past = Continuation(self.script.stem, recipe, options)
+        self.recipe = self.past.recipe
+        try:
+            self.data = self.past.load(self._load)
+            self.config = size_config(
+                options.size, self.data.tokenizer.vocab_size, options.seq_len, options.remat
+            )
+            self.train_batches, self.validation_batches = self._batches()
+            self.schedule = self.recipe.schedule()
+            self.log = options.log if distribution.process()[0] == 0 else ()
+            for name in self.log:
+                SINKS[name].require()
+        except BaseException:
+            self.past.unlock()
+            raise
+
+    @property
+    def folder(self):
+        """The `RunFolder`, None before it has one."""
+        return self.past.folder
+
+    def _load(self, tokenizer):
+        return load_run_data(self.options, self.recipe, tokenizer)
 
     def _batches(self):
-        """The batches of training and of the validation slice."""
+        """The batches of training, and of the validation slice of each source."""
         recipe, options = self.recipe, self.options
         shape = {
-            "bos_id": self.data.tokenizer.bos_id,
             "seq_len": self.config.max_seq_len,
             "batch_size": recipe.batch_size,
             "rows": distribution.local_rows(recipe.batch_size, recipe.accumulate),
         }
-        train = TokenBatches(
-            self.data.train,
-            steps=recipe.steps,
-            seed=options.seed,
-            packing=options.packing,
-            **shape,
+        train = self.data.batches(
+            steps=recipe.steps, seed=options.seed, packing=options.packing, **shape
         )
-        return train, TokenBatches(self.data.validation, **shape)
+        bos_id = self.data.tokenizer.bos_id
+        return train, [TokenBatches(p.validation, bos_id=bos_id, **shape) for p in self.data.parts]
 
     def __call__(self, build_model, build_optimizer):
         """Trains, evaluates, records.
@@ -94,26 +104,31 @@ class Run:
         """
         begin, imported = time.perf_counter(), process_seconds()
         keras.utils.set_random_seed(self.options.seed)
-        with refusals():
-            model = self._compiled_model(build_model, build_optimizer)
-            shared = self._open_folder()
-            record = new_record(self, model)
-            if self.began is not None:
-                check_same_run(self.began, record, self.folder)
-            sinks = [SINKS[name](self.folder.path / name, self.folder.id) for name in self.log]
-            checkpoints = Checkpoints(shared.checkpoints, keep=self.options.keep)
-        with contextlib.closing(checkpoints):
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.past.unlock)
             with refusals():
-                step, notes = checkpoints.restore(model) or (0, {})
+                model = self._compiled_model(build_model, build_optimizer)
+                record = new_record(self, model)
+                self.past.check_same(record.as_dict())
+                restored = self.past.restore_origin(model, record.as_dict())
+                shared = self.past.open_folder()
+                record.id = self.folder.id
+                checkpoints = Checkpoints(shared.checkpoints, keep=self.options.keep)
+                stack.enter_context(contextlib.closing(checkpoints))
+                step, notes = checkpoints.restore(model) or restored or (0, {})
+                sinks = open_sinks(self.log, self.folder.path, record.as_dict())
+                for sink in sinks:
+                    stack.callback(sink.close)
                 loop = self._loop(model, record, checkpoints, sinks, step, notes)
-            self._continue(record, step, notes)
+            self.past.take_over(record, step, notes)
             built = process_seconds()
             record.update(import_seconds=round(imported, 2), build_seconds=round(built, 2))
             announce(self, model, record, step)
             self.data.tokenizer.save(self.folder.path)
             record.save(self.folder.results)
-            self._train(loop, begin)
-            return report(self, record, checkpoints)
+            stopped_with = self._train(loop, begin)
+            self._tidy_up(loop, begin)
+            return report(self, record, checkpoints, stopped_with)
 
     def _compiled_model(self, build_model, build_optimizer):
         """The model with all its variables and its optimizer's, so that what is refused is now."""
@@ -141,33 +156,13 @@ class Run:
         narrow = self.config.hidden_dim <= NARROW
         return True if narrow and keras.config.backend() == "tensorflow" else "auto"
 
-    def _open_folder(self):
-        """Locks the run's folder; returns the first process's, which all processes see.
-
-        Late, so that a run that is refused before it has a record leaves no folder.
-        """
-        if self.folder is None:
-            name = f"{self.script.stem}-{self.options.size}-seed{self.options.seed}"
-            self.folder = RunFolder(new_run_folder(self.options.out, name))
-        self.folder.lock()
-        return RunFolder(distribution.broadcast_text(str(self.folder.path.resolve())))
-
-    def _continue(self, record, step, notes):
-        """Takes over what the checkpoint and the record of a continued run say."""
-        if self.began is not None:
-            record.started = self.began["started"]
-            record.resumed = [*self.began.get("resumed", []), step]
-            made_by = ("source", "versions", "device")
-            if step and any(self.began.get(name) != getattr(record, name) for name in made_by):
-                record.identity = ""  # no single code has made it
-        record.update(**notes.get("record", {}))
-
     def _loop(self, model, record, checkpoints, sinks, step, notes):
         mesh = record.mesh
         num_devices = mesh["data"] * mesh["model"] if mesh else 1
         meter = Meter(
             self.folder.curve,
-            tokens_per_step=self.recipe.batch_size * self.config.max_seq_len,
+            # Of its own: the loader's threads have the other copies.
+            tokens_in=copy.copy(self.train_batches).tokens_in,
             steps=self.recipe.steps,
             schedule=self.schedule,
             flops_per_token=record.flops_per_token,
@@ -192,44 +187,56 @@ class Run:
         )
 
     def _train(self, loop, begin):
-        """Runs the loop, samples and draws; however it ends, the record is written."""
+        """Runs the loop; however it ends, the record is written.
+
+        Returns:
+            int, the exit status if a signal has stopped it.
+        """
+        record, before = loop.record, loop.meter.train_seconds
+        parts, seq_len = self.recipe.accumulate, self.config.max_seq_len
+        needs = least_bytes(loop.model, self.recipe.batch_size * seq_len, parts)
+        with StopOnInterrupt(loop.model) as stop:
+            try:
+                if record.device["kind"] == "cpu" and distribution.process()[1] == 1:
+                    check_memory(needs)
+                loop.run(stop)
+                if record.status == "trained":
+                    record.status = "finished"
+            except BaseException as error:
+                is_stopped = isinstance(error, KeyboardInterrupt)
+                record.status = "interrupted" if is_stopped else "failed"
+                record.error = repr(error)
+                if is_out_of_memory(error):
+                    record.error = in_one_line(error, needs, self.recipe, seq_len)
+                    raise click.ClickException(record.error) from error
+                raise
+            finally:
+                self._seal(loop, begin, loop.meter.train_seconds - before)
+        return stop.exit_status
+
+    def _seal(self, loop, begin, train_seconds):
+        """Writes the record as it is now."""
         record = loop.record
-        try:
-            loop.run()
-            if record.status == "trained":
-                record.status = "finished"
-                if not self.options.results_only:
-                    self._sample(record, loop.model)
-        except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            record.status = "interrupted" if interrupted else "failed"
-            record.error = repr(error)
-            raise
-        finally:
-            record.finished = utc_now()
-            record.total_seconds = round(time.perf_counter() - begin, 1)
-            record.peak_memory_bytes = peak_memory()
-            if keras.config.backend() == "jax":
-                record.programs = compiled_programs().table()
-            for sink in loop.sinks:
-                sink.close()
-            record.curve = thin_curve(self.folder.curve)
-            record.save_if_there_is_room(self.folder.results)
-            self.folder.unlock()
+        record.finished = utc_now()
+        record.total_seconds = round(time.perf_counter() - begin, 1)
+        record.peak_memory_bytes = peak_memory()
+        if keras.config.backend() == "jax":
+            record.programs = compiled_programs().table()
+        record.curve = thin_curve(self.folder.curve)
+        record.epochs = [round(times, 4) for times in self.train_batches.epochs(record.steps)]
+        self.past.end_segment(record, train_seconds)
+        record.save_if_there_is_room(self.folder.results)
+
+    def _tidy_up(self, loop, begin):
+        """Leaves what a run leaves besides its results, or only these."""
+        record = loop.record
         if self.options.results_only:
             if record.status in ("finished", "diverged"):  # no run goes on from there
                 shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
             return
-        plot_curve(
-            self.folder.curve,
-            self.folder.picture,
-            title=f"{self.script.stem}, {self.options.size}, on {self.data.name}",
-            validation=record.loss,
-        )
-
-    def _sample(self, record, model):
-        with distribution.on_this_host(model) as whole_model:
-            record.sample = sample_validation(whole_model, self.data, self.options.seed)
+        leave_keepsakes(self, record, loop.model)
+        record.total_seconds = round(time.perf_counter() - begin, 1)
+        record.save_if_there_is_room(self.folder.results)
 
 
 def extra_logs(model):
@@ -248,8 +255,15 @@ def extra_logs(model):
 
 @contextlib.contextmanager
 def refusals():
-    """Turns a ValueError, which is what is refused before training, into one line."""
+    """Turns into one line what is refused before training, and a model that is too large."""
     try:
         yield
     except ValueError as error:
         raise click.ClickException(str(error)) from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise click.ClickException(
+            f"out of memory before the first step: {one_line(error)}; a smaller --size helps, or "
+            "--mesh over more devices"
+        ) from error

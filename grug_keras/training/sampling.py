@@ -1,5 +1,7 @@
 """Sampling text from a model, with the samplers of KerasHub."""
 
+import math
+
 from grug_keras.data.quiet import quiet
 from grug_keras.data.utf8 import cut_text
 import keras
@@ -16,18 +18,17 @@ def generate(model, tokenizer, prompt=b"", *, length=200, temperature=0.8, seed=
         tokenizer: see `grug_keras.data.load_tokenizer`.
         prompt: bytes.
         length: int >= 1, tokens to add at most; it stops early where a document ends.
-        temperature: float > 0.
+        temperature: float >= 0; 0 takes the likeliest token each time.
         seed: int.
 
     Returns:
         bytes, the continuation without the prompt.
 
     Raises:
-        ValueError: if prompt and continuation do not fit into `max_seq_len`.
+        ValueError: for such a temperature, or if prompt and continuation do not fit into
+            `max_seq_len`.
     """
-    with quiet():
-        import keras_hub  # takes seconds and loads TensorFlow: only when text is sampled
-
+    sampler = _sampler(tokenizer.vocab_size, temperature, seed)
     start = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     window = model.config.max_seq_len
     if length < 1 or len(start) + length > window:
@@ -44,7 +45,6 @@ def generate(model, tokenizer, prompt=b"", *, length=200, temperature=0.8, seed=
         logits = model.head(hidden)[:, : tokenizer.vocab_size]
         return logits, hidden, cache
 
-    sampler = keras_hub.samplers.TopPSampler(p=0.95, k=50, temperature=temperature, seed=seed)
     tokens = sampler(
         next_token,
         keras.ops.convert_to_tensor(buffer),
@@ -56,6 +56,17 @@ def generate(model, tokenizer, prompt=b"", *, length=200, temperature=0.8, seed=
     new = keras.ops.convert_to_numpy(tokens)[0, len(start) :]
     ends = np.flatnonzero(new == tokenizer.bos_id)
     return tokenizer.decode(new[: ends[0]] if len(ends) else new)
+
+
+def _sampler(vocab_size, temperature, seed):
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    with quiet():
+        import keras_hub  # takes seconds and loads TensorFlow: only when text is sampled
+    if temperature == 0:
+        return keras_hub.samplers.GreedySampler()
+    k = min(50, vocab_size)
+    return keras_hub.samplers.TopPSampler(p=0.95, k=k, temperature=temperature, seed=seed)
 
 
 def sample_validation(model, data, seed):
@@ -72,7 +83,14 @@ def sample_validation(model, data, seed):
     tokenizer, quarter = data.tokenizer, model.config.max_seq_len // 4
     tokens = data.validation[1 : 1 + quarter]
     first_document = tokens[: np.argmax(np.append(tokens, tokenizer.bos_id) == tokenizer.bos_id)]
-    # A token is a byte or more: so many bytes fit.
-    prompt = cut_text(tokenizer.decode(first_document), quarter - 1)
+    prompt = _cut_prompt(tokenizer, tokenizer.decode(first_document), quarter - 1)
     text = generate(model, tokenizer, prompt, length=3 * quarter, seed=seed)
     return {"prompt": prompt.decode(errors="replace"), "text": text.decode(errors="replace")}
+
+
+def _cut_prompt(tokenizer, prompt, num_tokens):
+    """Cuts a text to `num_tokens` bytes, and to so many tokens: some tokenizers make more."""
+    prompt = cut_text(prompt, num_tokens)
+    while prompt and (found := len(tokenizer.encode(prompt))) > num_tokens:
+        prompt = cut_text(prompt, len(prompt) * num_tokens // found)
+    return prompt

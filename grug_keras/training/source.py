@@ -7,7 +7,21 @@ import pathlib
 # What can change a number; the folders `cli`, `experiments` and `tpu` cannot.
 PARTS = ("core", "ops", "optimizers", "distribution", "data", "training")
 # Files of these parts that only show or send what has been computed.
-NO_NUMBERS = ("plots.py", "profile.py", "report.py", "sampling.py", "sinks.py", "startup.py")
+NO_NUMBERS = (
+    "document_scores.py",
+    "git.py",
+    "keepsakes.py",
+    "memory_use.py",
+    "places.py",
+    "plots.py",
+    "profile.py",
+    "report.py",
+    "restart.py",
+    "sampling.py",
+    "segments.py",
+    "sinks.py",
+    "startup.py",
+)
 _DIGITS = 16
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

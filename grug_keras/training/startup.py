@@ -22,10 +22,10 @@ def process_seconds():
     """Returns the seconds since the process began, float; without /proc, since this import."""
     try:
         # After the name, which may hold spaces, `starttime` is the 20th field: proc(5).
-        fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        up = float(pathlib.Path("/proc/uptime").read_text().split()[0])
+        fields = pathlib.Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+        up = float(pathlib.Path("/proc/uptime").read_bytes().split()[0])
         return up - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, AttributeError):
         return time.perf_counter() - _IMPORTED
 
 

@@ -126,8 +126,8 @@ def test_a_folder_holds_out_whole_documents_and_says_what_it_skips(tmp_path, cap
     [
         (b"", "no text"),
         (b"  \n", "no text"),
-        (b"a\0b" * 99, "not a text file"),
-        (b"\xff\xfe" * 99, "not a text file"),
+        (b"a\0b" * 99, "is no text: byte 1 is NUL"),
+        (b"\xff\xfe" * 99, "is UTF-16: name its encoding"),
     ],
 )
 def test_bad_files_are_named(tmp_path, content, message):
@@ -166,6 +166,41 @@ def test_a_corpus_too_large_for_memory_is_tokenized_once(tmp_path, monkeypatch, 
     assert len(list((tmp_path / "cache" / "grug_keras" / "tokens").glob("*/dataset.json"))) == 1
     path.write_text("another text, by far longer. " * 100)
     assert len(load_data(str(path), "bytes").train) > 2000, "not the tokens of before"
+
+
+def test_a_cached_corpus_is_found_however_its_tokenizer_is_spelled(tmp_path, monkeypatch):
+    """As a run that is resumed does it: with the tokenizer that it has saved."""
+    monkeypatch.setattr("grug_keras.data.corpus.MAX_BYTES", 1000)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for name, word in (("a", "aabb "), ("b", "ccdd ")):
+        (tmp_path / f"{name}.txt").write_text(word * 400)
+    for data in ("a.txt", "a.txt=0.5,b.txt=0.5"):
+        made = load_data(data, "bpe:300")
+        folders = sorted((tmp_path / "cache" / "grug_keras" / "tokens").glob("*/dataset.json"))
+        made.tokenizer.save(tmp_path)
+        for spelled in ("bpe:300", "tokenizer.json", str(tmp_path / "tokenizer.json")):
+            again = load_data(data, spelled)
+            assert again.sha256 == made.sha256
+        now = sorted((tmp_path / "cache" / "grug_keras" / "tokens").glob("*/dataset.json"))
+        assert now == folders, "nothing is tokenized twice"
+
+
+def test_a_part_of_a_token_folder_has_its_own_fingerprint(tmp_path):
+    for number in range(60):
+        (tmp_path / f"{number}.txt").write_text(f"{number} aabb " * 5)
+    tokenize(str(tmp_path), "bytes", tmp_path / "out", shard_tokens=1000)
+    parts = [load_data(str(path)) for path in sorted((tmp_path / "out").glob("train*.bin"))]
+    whole = load_data(str(tmp_path / "out"))
+    assert len({part.sha256 for part in [*parts, whole]}) == len(parts) + 1 > 2
+
+
+def test_what_may_be_tokens_or_not_is_named(tmp_path):
+    (tmp_path / "data.bin").write_bytes(bytes(80))
+    (tmp_path / "prepare.py").write_text("print(1)")
+    with pytest.raises(ValueError, match="holds data.bin, which may be tokens, and text"):
+        load_data(str(tmp_path), "bytes")
+    assert len(load_data(str(tmp_path / "data.bin"), "bytes").train) == 36
 
 
 def test_several_sources_share_a_tokenizer(tmp_path, monkeypatch):

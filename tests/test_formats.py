@@ -93,7 +93,7 @@ class Layout:
 
 
 A, B, C = texts("a", 5), texts("b", 3), texts("c", 2)
-DOCS = "files beside those of records are no data"
+DOCS = "files beside data are no data"
 TESTS = "for tests by their names"
 
 
@@ -389,6 +389,107 @@ def layouts():
             A[:2],
             notes="files are binary, and left out: image.bin",
         ),
+        "a table and its README": Layout(
+            {"README.md": "about", "data/train.csv": "text\na\n"},
+            refusal="holds no text file; .*tables",
+        ),
+        "a crawl and its readme": Layout(
+            {"readme.txt": "about", "a.warc.gz": gzip.compress(b"WARC/1.0")},
+            refusal="of web crawls",
+        ),
+        "settings and a README": Layout(
+            {
+                "README.md": "about",
+                "a.json": '{\n "id": 1,\n "name": "x"\n}',
+                "b.json": '{"id": 2}',
+            },
+            refusal="holds no text file; .*hold no records and no text",
+        ),
+        "a source tree with a fixture of records": Layout(
+            {
+                **{f"src/{i}.py": t for i, t in enumerate(A)},
+                "tests/x.jsonl": lines(records("a", 3)),
+            },
+            refusal="holds 5 files of text, such as src/0.py, and 1 of records, such as tests/x",
+        ),
+        "a source tree with odd settings": Layout(
+            {
+                **{f"src/{i}.py": t for i, t in enumerate(A)},
+                "README.md": B[0],
+                "tsconfig.json": "{ // a comment\n}",
+                "a.json": '["red"]',
+                "b.json": '[{"name": "red", "url": "u"}]',
+                "c.json": '{"a": 1}\n{"b": 2}\n',
+            },
+            [*A, B[0]],
+            notes="4 files beside text are settings",
+        ),
+        "code in folders of its splits": Layout(
+            {"train/a.py": A[0], "train/b.md": A[1], "valid/c.py": B[0], "test/d.py": C[0]},
+            A[:2],
+            B[:1],
+            notes=TESTS,
+        ),
+        "Moses": Layout(
+            {f"{n}.src": t[0] for n, t in zip(("train", "valid", "test"), (A, B, C), strict=True)},
+            A[:1],
+            B[:1],
+            notes=TESTS,
+        ),
+        "records for training, text for tests": Layout(
+            {"train.jsonl": lines(records("a", 5)), "test.txt": B[0]}, A, B[:1]
+        ),
+        "the cache of a dataset": Layout(
+            {
+                "ds-train.arrow": arrow(table(text=A)),
+                "cache-1f2e.arrow": arrow(table(text=A)),
+                "cache-00aa_00000_of_00002.arrow": arrow(table(indices=[1])),
+            },
+            A,
+            notes="2 files are caches of `datasets`",
+        ),
+        "records by other endings": Layout(
+            {
+                "a.jsonlines": lines(records("a", 5)),
+                "b.jl": lines(records("b", 3)),
+                "c.jsonl-00000-of-00002": lines(records("c", 2)),
+                "d.jsonl.1": lines(records("a", 5)),
+            },
+            A + B + C + A,
+        ),
+        "records that are called text, the first of them long": Layout(
+            {"part-0": lines([{"title": "t", "text": "ü" * 70_000}, {"title": "t", "text": A[0]}])},
+            ["ü" * 70_000, A[0]],
+        ),
+        "records that are called text, after a mark and a line": Layout(
+            {"a.log": b"\xef\xbb\xbf\n" + lines(records("a", 5))}, A
+        ),
+        "records in UTF-16": Layout(
+            {"a.txt": lines(records("a", 5)).decode().encode("utf-16")},
+            A,
+            reading={"encoding": "utf-16"},
+        ),
+        "records in UTF-16, unnamed": Layout(
+            {"a.jsonl": lines(records("a", 5)).decode().encode("utf-16")}, refusal="is UTF-16: name"
+        ),
+        "text that begins like bzip2": Layout(
+            {"a.txt": "BZhang went home. " * 9}, ["BZhang went home. " * 9]
+        ),
+        "a table within gzip": Layout(
+            {"a.parquet.gz": gzip.compress(parquet(table(text=A)))}, refusal="compressed once more"
+        ),
+        "a table without rows": Layout(
+            {"a.parquet": parquet(table(text=[])), "b.parquet": parquet(table(text=A))}, A
+        ),
+        "damaged text among others": Layout(
+            {"a.txt": A[0], "b.txt.gz": gzip.compress(("x" * 50).encode())[:-9]},
+            refusal="b.txt.gz is damaged",
+        ),
+        "Latin-1 among others": Layout(
+            {"a.txt": A[0], "b.txt": "é".encode("latin-1")},
+            A[:1],
+            notes="1 files are not utf-8 text: name their encoding, and left out: b.txt",
+        ),
         "upper case": Layout(
             {
                 "A.JSONL": lines(records("a", 5)),
@@ -403,7 +504,7 @@ def layouts():
         ),
         "validation alone": Layout(
             {"val.jsonl": lines(records("a", 5)), "dev.jsonl": lines(records("b", 1))},
-            refusal="validation files only",
+            refusal="holds files for validation or tests only: dev.jsonl",
         ),
         "two splits in one name": Layout(
             {"train_test.jsonl": b"", "a.jsonl": b""},
@@ -509,6 +610,35 @@ def damaged(content):
 
 
 BIG = lines(records("many", 4000))
+
+
+def test_a_field_that_comes_late_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines([{"id": "z"}] * 70 + [{"id": "z", "text": "real"}]))
+    with pytest.raises(ValueError, match="line 71 has a field 'text', which those before it did"):
+        read(path)
+    with pytest.raises(ValueError, match="has no field 'text', only id"):
+        read(path, text_field="text")
+
+
+def test_many_bad_lines_at_the_start_are_skipped(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"nonsense\n" * 70 + b"[" * 9999 + b"\n" + lines(records("a", 5)))
+    found, notes = read(path, on_bad_record="skip")
+    assert len(found["train"]) == 5
+    assert "71 records have no text" in notes
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    write(tmp_path / "big", {"a.txt": A[0], "b/c.txt": A[1]})
+    corpus = tmp_path / "corpus"
+    write(corpus, {"d.txt": A[2]})
+    (corpus / "link").symlink_to(tmp_path / "big")
+    (tmp_path / "big" / "loop").symlink_to(corpus)
+    found, _ = read(corpus)
+    assert len(found["train"]) == 3
+
+
 DAMAGED = {
     "a.jsonl.gz": gzip.compress(BIG)[:-9],
     "b.jsonl.bz2": bz2.compress(BIG)[:-9],

@@ -179,7 +179,7 @@ def test_resume_takes_the_newest_run_that_is_the_same(tmp_path, caplog, capsys):
     assert find(tmp_path, seed=2) is None
     (line,) = capsys.readouterr().out.splitlines()
     assert re.search(
-        r"6 unfinished, the newest of which, starter-3, differs in seed \(2 here, 0 there\)\): a "
+        r"5 unfinished, the newest of which, starter-3, differs in seed \(2 here, 0 there\)\): a "
         "new run",
         line,
     )
@@ -292,6 +292,44 @@ def test_a_branch_has_the_losses_of_a_run_that_was_planned_so(tmp_path, tiny_mod
     assert record["identity"] == ""
     after = {p: p.read_bytes() for p in whole.path.rglob("*") if p.is_file()}
     assert after == before, "the other run is only read"
+
+
+def test_a_longer_run_that_was_stopped_has_no_loss_of_the_shorter_one(tmp_path, tiny_model, whole):
+    def crash():
+        raise RuntimeError("the machine went down")
+
+    path, data = copy_of(whole, tmp_path)
+    longer = run_of(tmp_path / "runs", resume=str(path), steps=20, extend=True, **data)
+    at_batch(longer.train_batches, 13, crash)
+    with pytest.raises(RuntimeError):
+        longer(tiny_model, adamw)
+    again = run_of(tmp_path / "runs", resume=str(path), steps=20, **data)
+    at_batch(again.train_batches, 14, sigterm)
+    assert again(tiny_model, adamw) == 143
+    assert again.folder.record()["loss"] is None
+    last = run_of(tmp_path / "runs", resume=str(path), steps=20, **data)
+    at_batch(last.validation_batches[0], 1, sigterm)
+    assert last(tiny_model, adamw) == 143
+    assert last.folder.record()["status"] == "interrupted", "nobody has measured its end"
+    done = run_of(tmp_path / "runs", resume=str(path), steps=20, **data)
+    assert done(tiny_model, adamw) == 0
+    record = done.folder.record()
+    assert record["evaluations"][-1]["step"] == 20
+    assert record["loss"] == record["evaluations"][-1]["loss"] != whole.record()["loss"]
+
+
+def test_a_branch_is_no_other_run_when_it_goes_on(tmp_path, tiny_model, whole):
+    data = {"data": whole.record()["data"]["name"]}
+    branch = run_of(tmp_path / "runs", branch=f"{whole}@4", **data)
+    at_batch(branch.train_batches, 6, sigterm)
+    assert branch(tiny_model, adamw) == 143
+    other = run_of(tmp_path / "runs", branch=f"{whole}@4", resume=str(branch.folder), text="xyz ")
+    with pytest.raises(click.ClickException, match="resume: data.* is .* here, but"):
+        other(tiny_model, adamw)
+    with pytest.raises(ValueError, match=r"is no branch of that run"):
+        run_of(tmp_path / "runs", branch=f"{whole}@2", resume=str(branch.folder), **data)
+    with pytest.raises(ValueError, match="branch='' holds no run"):
+        run_of(tmp_path / "runs", branch="", **data)
 
 
 def test_a_branch_must_begin_before_both_cooldowns(tmp_path, tiny_model, whole):
@@ -537,7 +575,9 @@ def wait_for(out, pattern, process, seconds=240):
 def test_a_real_sigterm_while_it_compiles_and_while_it_trains(tmp_path, pattern):
     process = start(tmp_path, "--steps", 100_000, "--save-every", 20)
     wait_for(tmp_path, pattern, process)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):  # as `timeout` and schedulers do, to a process and to its group
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
     printed, _ = process.communicate(timeout=120)
     (folder,) = tmp_path.iterdir()
     record = json.loads((folder / "results.json").read_text())

@@ -356,7 +356,7 @@ def test_tfds_has_another_folder_only_where_it_can_write_none(tmp_path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path / "not there"))
     assert not tfds_source._has_folder()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert tfds_source._temporary_folder().parent == tmp_path
+    assert tfds_source.temporary_folder("tfds").parent == tmp_path
 
 
 SCRIPT = """
@@ -463,3 +463,26 @@ def test_paths_of_options_are_those_of_the_folder_where_one_types(tmp_path, monk
     }
     for given, expected in words.items():
         assert _with_absolute_paths(given.split()) == expected.split()
+
+
+def test_an_output_that_nobody_reads_is_no_failure():
+    from grug_keras.training.places import LastingOutput
+
+    reader, writer = os.pipe()
+    output = LastingOutput(open(writer, "w", encoding="utf-8"))  # noqa: SIM115
+    print("read", file=output, flush=True)
+    assert os.read(reader, 9) == b"read\n"
+    os.close(reader)
+    for _ in range(3):
+        print("unread " * 2000, file=output, flush=True)
+    output.close()
+
+
+def test_a_folder_that_cannot_hold_runs_is_refused_first(tmp_path):
+    from grug_keras.training.folder import check_out
+
+    check_out(tmp_path / "new" / "runs")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="out=.*file/runs' cannot hold run folders: .*file cannot"):
+        check_out(tmp_path / "file" / "runs")

@@ -6,12 +6,22 @@ import contextlib
 import gzip
 import io
 import lzma
+import re
 import zlib
 
 ENDINGS = (".gz", ".bz2", ".xz", ".zst")
-_MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+_MAGIC = {b"\x1f\x8b": ".gz", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+_BZ2 = re.compile(rb"BZh[1-9](1AY&SY|\x17\x72\x45\x38\x50\x90)")  # text may begin with BZh
 _ERRORS = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 _BLOCK = 2**16
+
+
+class NoTextError(ValueError):
+    """A file that is not text of the encoding that was named."""
+
+
+class DamagedError(ValueError):
+    """A file that cannot be decompressed to its end."""
 
 
 def compression(path):
@@ -21,7 +31,9 @@ def compression(path):
     does not begin as it should, which then is damaged.
     """
     with open(path, "rb") as file:
-        start = file.read(6)
+        start = file.read(10)
+    if _BZ2.match(start):
+        return ".bz2"
     for magic, ending in _MAGIC.items():
         if start.startswith(magic):
             return ending
@@ -58,11 +70,11 @@ def open_bytes(data, path):
                 file = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[how](path, "rb")
             yield stack.enter_context(file)
     except _ERRORS as error:
-        raise ValueError(f"data={data!r}: {path} is damaged: {error}") from None
+        raise DamagedError(f"data={data!r}: {path} is damaged: {error}") from None
     except OSError as error:
         if how is None or error.errno is not None:  # the disk's own
             raise
-        raise ValueError(f"data={data!r}: {path} is damaged: {error}") from None
+        raise DamagedError(f"data={data!r}: {path} is damaged: {error}") from None
 
 
 @contextlib.contextmanager
@@ -77,16 +89,19 @@ def open_utf8(data, path, encoding):
         ValueError: as `open_bytes`, and if the file is not of that encoding. UTF-8 is not checked.
     """
     with open_bytes(data, path) as file:
-        if codecs.lookup(encoding).name != "utf-8":
+        is_utf8 = codecs.lookup(encoding).name == "utf-8"
+        if not is_utf8:
             file = io.BufferedReader(_Recoded(file, encoding))
         else:
             file = io.BufferedReader(file)
         try:
+            if is_utf8 and file.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise NoTextError(f"data={data!r}: {path} is UTF-16: name its encoding (utf-16)")
             if file.peek(3).startswith(codecs.BOM_UTF8):
                 file.read(3)
             yield file
         except UnicodeDecodeError as error:
-            raise ValueError(f"data={data!r}: {path} is not {encoding} text: {error}") from None
+            raise NoTextError(f"data={data!r}: {path} is not {encoding} text: {error}") from None
 
 
 class _Recoded(io.RawIOBase):

@@ -1,13 +1,12 @@
 """Documents, the pieces that they are read in, and the source that they come from."""
 
-import codecs
 from collections.abc import Callable
 import contextlib
 import dataclasses
 import pathlib
 from typing import NamedTuple
 
-from grug_keras.data.compressed import open_utf8
+from grug_keras.data.compressed import NoTextError, open_utf8
 from grug_keras.data.left_out import LeftOut
 from grug_keras.data.utf8 import cut_between_words, cut_text
 
@@ -82,14 +81,10 @@ class FileDocument(NamedTuple):
     data: str
     encoding: str = "utf-8"
 
-    def why_no_text(self):
-        """Returns why the first piece of the file is no text, or None if it is text."""
-        try:
-            with contextlib.closing(self.read()) as pieces:
-                next(pieces, b"")
-        except ValueError as error:
-            return str(error).partition(f"{self.path} ")[2] or str(error)
-        return None
+    def check(self):
+        """Raises `NoTextError` if the first piece of the file is no text."""
+        with contextlib.closing(self.read()) as pieces:
+            next(pieces, b"")
 
     def read(self):
         """Yields the text, cut between lines where that is possible.
@@ -104,7 +99,7 @@ class FileDocument(NamedTuple):
                 more = file.read(1)  # whether there is another piece
                 piece = cut_between_words(text) if more else text
                 if reason := why_no_text(piece, start):
-                    raise ValueError(f"data={self.data!r}: {self.path} {reason}")
+                    raise NoTextError(f"data={self.data!r}: {self.path} {reason}")
                 yield piece
                 start += len(piece)
                 text = text[len(piece) :] + more
@@ -120,14 +115,12 @@ def why_no_text(text, start=0):
         text: `bytes`.
         start: int, position of the bytes in their file.
     """
-    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not start:
-        return "is UTF-16: name its encoding (utf-16)"
+    if (nul := text.find(b"\0")) >= 0:
+        return f"is no text: byte {start + nul} is NUL"
     try:
         text.decode()
     except UnicodeDecodeError as error:
         return f"is not UTF-8 text: byte {start + error.start} is no character"
-    if (nul := text.find(b"\0")) >= 0:
-        return f"is no text: byte {start + nul} is NUL"
     return None
 
 

@@ -1,8 +1,9 @@
 """What a file of a corpus is: by its name, and by how it begins where the name says little."""
 
 import json
+import re
 
-from grug_keras.data.compressed import open_bytes, open_utf8, plain_name
+from grug_keras.data.compressed import compression, open_bytes, open_utf8, plain_name
 from grug_keras.data.record_files import (
     NoRecordsError,
     read_arrow,
@@ -13,6 +14,8 @@ from grug_keras.data.record_files import (
 
 _RECORDS = {
     ".jsonl": read_json_lines,
+    ".jsonlines": read_json_lines,
+    ".jl": read_json_lines,
     ".ndjson": read_json_lines,
     ".json": read_json,
     ".parquet": read_parquet,
@@ -21,14 +24,18 @@ _RECORDS = {
     ".ipc": read_arrow,
 }
 _PLAIN_TEXT = (".txt", ".text", ".raw", ".tokens")
-_NOT_READ = {
+_DATA_NOT_READ = {
     "tables: make them JSON lines or Parquet": (".csv", ".tsv", ".xls", ".xlsx", ".ods"),
     "archives: unpack them": (".zip", ".tar", ".tgz", ".7z", ".rar"),
-    "notebooks": (".ipynb",),
-    "arrays or weights": (".npy", ".npz", ".pt", ".pth", ".pkl", ".safetensors", ".h5", ".keras"),
     "files of TensorFlow: name the dataset, not its files": (".tfrecord", ".array_record"),
     "databases": (".sqlite", ".db", ".duckdb", ".mdb"),
     "of web crawls: take the text out of them": (".warc", ".wet", ".wat"),
+}
+_NOT_READ = {
+    **_DATA_NOT_READ,
+    "notebooks": (".ipynb",),
+    "maps": (".geojson",),
+    "arrays or weights": (".npy", ".npz", ".pt", ".pth", ".pkl", ".safetensors", ".h5", ".keras"),
     "binary": (".bin", ".idx"),
 }
 _MAGIC = {b"PAR1": read_parquet, b"ARROW1": read_arrow}
@@ -37,14 +44,25 @@ _NOT_READ_MAGIC = {
     b"%PDF": "PDF: take the text out of them",
     b"SQLite format": "databases",
 }
+# Files of a program: their names say nothing of splits.
+CODE = (
+    *(".py", ".pyi", ".sh", ".js", ".ts", ".tsx", ".c", ".cc", ".cpp", ".h", ".hpp", ".java"),
+    *(".go", ".rs", ".rb", ".kt", ".swift", ".scala", ".lua", ".php", ".cs", ".r", ".m", ".sql"),
+    *(".md", ".rst", ".html", ".css", ".xml", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".tex"),
+)
 _ABOUT = ("readme", "license", "licence", "copying", "citation", "notice", "changelog")
 _ABOUT_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_CACHE = re.compile(r"cache-[0-9a-f]+.*\.arrow")  # what a map or a filter of `datasets` leaves
+_FIRST_KEY = re.compile(r'\[?\s*\{\s*"[^"]*"\s*:')
 _START = 2**16
 
 
 def ending(path):
-    """Returns the ending of a file's name in lower case, without that of its compression."""
-    name = plain_name(path)
+    """Returns the ending of a file's name in lower case, without compression and numbers.
+
+    Shards are called `a.jsonl-00000-of-00002`, and logs `a.jsonl.1`.
+    """
+    name = re.sub(r"(-\d+-of-\d+|\.\d+)$", "", plain_name(path))
     return name[name.rindex(".") :] if "." in name.lstrip(".") else ""
 
 
@@ -54,26 +72,36 @@ def is_record_file(path):
 
 
 def is_plain_text(path):
-    """Returns whether a file is named as one of prose, and not about the others."""
-    return ending(path) in _PLAIN_TEXT and not plain_name(path).startswith(_ABOUT)
+    """Returns whether a file is named as one of prose."""
+    return ending(path) in _PLAIN_TEXT
 
 
-def why_not_read(path, beside_records):
-    """Returns why a file is not read, by its name alone, in the plural; None if it is.
+def is_about(path):
+    """Returns whether a file is named as one about the others: a README, a license."""
+    return plain_name(path).startswith(_ABOUT) or plain_name(path) in _ABOUT_DATASETS
 
-    Args:
-        path: `pathlib.Path`.
-        beside_records: bool, whether its folder holds files of records. Then what is about
-            them, or is no data, is not read.
-    """
+
+def why_not_read(path):
+    """Returns why a file is not read, by its name, in the plural; None if it is."""
     for reason, endings in _NOT_READ.items():
         if ending(path) in endings:
             return f"files are {reason}"
-    if not beside_records or is_record_file(path):
-        return None
-    if plain_name(path) in _ABOUT_DATASETS or not is_plain_text(path):
-        return "files beside those of records are no data"
+    if _CACHE.fullmatch(path.name):
+        return "files are caches of `datasets`"
+    if is_compressed_table(path):
+        return "files are tables that are compressed once more: decompress them"
     return None
+
+
+def is_data_not_read(path):
+    """Returns whether a file is one of data in a form that is not read."""
+    return any(ending(path) in endings for endings in _DATA_NOT_READ.values())
+
+
+def is_compressed_table(path):
+    """Returns whether a file is Parquet or Arrow within another compression."""
+    is_table = _RECORDS.get(ending(path)) in (read_parquet, read_arrow)
+    return is_table and compression(path) is not None
 
 
 def reader(data, path, encoding):
@@ -99,36 +127,42 @@ def reader(data, path, encoding):
     for magic, reason in _NOT_READ_MAGIC.items():
         if start.startswith(magic):
             raise NoRecordsError(f"data={data!r}: {path}: such files are {reason}")
-    if ending(path) in ("", *_PLAIN_TEXT) and start[:1] in (b"{", b"["):
-        return _json_reader(data, path, encoding)
-    return None
+    return _json_reader(data, path, encoding)
 
 
-def holds_records(path):
+def holds_records(path, encoding="utf-8"):
     """Returns whether a file is one of records, by its name; a `.json` may be one of settings."""
-    if not is_record_file(path):
+    if ending(path) != ".json" or not is_record_file(path):
+        return is_record_file(path)
+    try:
+        return _json_reader(str(path), path, encoding) is not None
+    except ValueError:
         return False
-    return ending(path) != ".json" or _json_reader(str(path), path, "utf-8") is not None
 
 
 def _json_reader(data, path, encoding):
-    """Returns the reader of a file that begins like JSON records, or None."""
-    try:
-        with open_utf8(data, path, encoding) as file:
-            text = file.read(_START).decode(errors="replace")
-    except ValueError:
-        return None
-    lines = [line for line in text.splitlines() if line.strip()]
-    if lines and (first := _object(lines[0])) is not None:
-        return read_json_lines if "text" in first or (lines[1:] and lines[1][0] == "{") else None
-    is_array = text.startswith("[") and _object(text[1:].lstrip()) is not None
-    return read_json if is_array else None
+    """Returns the reader of a file that begins like JSON records, or None.
 
-
-def _object(text):
-    """Returns the JSON object that a text begins with, or None."""
-    try:
-        value, _ = json.JSONDecoder().raw_decode(text)
-    except ValueError:
+    One object alone is settings, unless it says that it has text.
+    """
+    with open_utf8(data, path, encoding) as file:
+        start = file.read(_START)
+    text = start.decode(errors="replace").lstrip()
+    if not _FIRST_KEY.match(text):
         return None
-    return value if isinstance(value, dict) else None
+    is_array = text.startswith("[")
+    try:
+        first, end = json.JSONDecoder().raw_decode(text[is_array:].lstrip())
+    except ValueError:  # a record that is longer than this, or no JSON
+        long = len(start) == _START
+        return (read_json if is_array else read_json_lines) if long else None
+    if is_array:
+        return read_json
+    rest = text[end:].lstrip()
+    is_line = "\n" not in text[:end]
+    if rest.startswith("{"):
+        return read_json_lines if is_line else read_json
+    is_alone = not rest and len(start) < _START
+    if is_alone and ("text" in first or ending(path) != ".json"):
+        return read_json_lines if is_line and "text" in first else read_json
+    return None

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-import pathlib
+import os
 
 import numpy as np
 
@@ -159,7 +159,7 @@ def parse_mixture(data, changes=()):
 
 def _weights(argument, text):
     """Returns a dict of source -> share, or None if the text is no mixture."""
-    if pathlib.Path(text).expanduser().exists():
+    if os.path.exists(os.path.expanduser(text)):
         return None
     parts = [part.rpartition("=") for part in text.split(",")]
     values = [_number(value) for _, _, value in parts]

@@ -116,9 +116,16 @@ def _of_json(file, records, lone=False):
 
     With `lone` a single object is taken for settings, unless it says that it has text.
     """
-    records = iter(records)
-    head = list(itertools.islice(records, _HEAD))
-    objects = [record for _, record in head if isinstance(record, dict)]
+    records, head, objects = iter(records), [], []
+    for number, record in records:
+        head.append((number, record))
+        objects += [record] if isinstance(record, dict) else []
+        if len(objects) == _HEAD or len(head) == 100 * _HEAD:
+            break
+    if head and not objects:
+        for number, record in head:  # nothing that has fields
+            yield number, _value(record, "text", None)
+        return
     kinds = {}
     for record in objects:
         for name, value in record.items():
@@ -130,17 +137,19 @@ def _of_json(file, records, lone=False):
         raise NoRecordsError(
             f"{file} holds one object, without a field 'text': name its text_field"
         )
-    if objects:
+    if head:
         field = text_field(str(file), texts, list(kinds), field)
     for number, record in itertools.chain(head, records):
-        yield number, _value(record, field)
+        yield number, _value(record, field, file.reading.text_field)
 
 
-def _value(record, field):
+def _value(record, field, asked):
     if isinstance(record, Exception):
         return record
     if not isinstance(record, dict):
         return ValueError("is no JSON object")
+    if asked is None and field != "text" and "text" in record:
+        return ValueError("has a field 'text', which those before it did not have: name the field")
     if field in record:
         return _text(record[field], field)
     for part in field.split("."):
@@ -158,8 +167,8 @@ def read_json_lines(file):
         for number, line in enumerate(lines):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
-                except ValueError as error:
+                    yield number, json.loads(line.decode())  # bytes may be taken for UTF-16
+                except (ValueError, RecursionError) as error:
                     yield number, ValueError(f"is not JSON: {error}")
 
     with open_utf8(file.data, file.path, file.reading.encoding) as lines:
@@ -172,7 +181,7 @@ def read_json(file):
         text = io.TextIOWrapper(content, encoding="utf-8", newline="")
         try:
             yield from _of_json(file, enumerate(_json_values(text)), lone=True)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{file} is not JSON: {error}") from None
 
 
@@ -216,6 +225,8 @@ def read_parquet(file):
     import pyarrow.parquet
 
     with _damage(file, "a Parquet file"), pa.parquet.ParquetFile(file.path) as table:
+        if not table.metadata.num_rows:  # its columns may have no type
+            return
         field = _column(file, table.schema_arrow)
         batches = table.iter_batches(batch_size=_ROWS, columns=[field])
         yield from _of_table(batches, field)

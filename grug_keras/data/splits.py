@@ -18,6 +18,9 @@ _WORDS = {
 }
 
 
+SPLIT_WORDS = frozenset().union(*_WORDS.values())
+
+
 def split_by_name(name):
     """Returns the split that the name of a file says: train, validation, test, or None.
 
@@ -46,7 +49,7 @@ def sort_by_split(names):
     files for validation those for tests are of no use here; where there are none, they stand in.
 
     Args:
-        names: list of str.
+        names: list of str; or a dict of str to the part of it that counts.
 
     Returns:
         dict of split -> list of names: `"train"`, `"validation"`, and `"test"` for those that
@@ -54,7 +57,8 @@ def sort_by_split(names):
     """
     splits = {"train": [], "validation": [], "test": []}
     for name in names:
-        splits[split_by_name(name) or "train"].append(name)
+        counts = names[name] if isinstance(names, dict) else name
+        splits[split_by_name(counts) or "train"].append(name)
     if not splits["validation"]:
         splits["validation"], splits["test"] = splits["test"], []
     return splits

@@ -3,20 +3,14 @@
 import dataclasses
 import hashlib
 import json
-import os
 
-from grug_keras.data.compressed import compression
+from grug_keras.data.compressed import NoTextError, compression
+from grug_keras.data.corpus_folder import files_by_name, printable, snapshot
 from grug_keras.data.documents import FileDocument, Source
-from grug_keras.data.file_formats import (
-    holds_records,
-    is_plain_text,
-    is_record_file,
-    reader,
-    why_not_read,
-)
+from grug_keras.data.file_formats import CODE, ending, is_record_file, reader, why_not_read
 from grug_keras.data.left_out import LeftOut
 from grug_keras.data.record_files import NoRecordsError, RecordFile, record_documents
-from grug_keras.data.splits import sort_by_split, split_by_name, split_pieces
+from grug_keras.data.splits import SPLIT_WORDS, sort_by_split, split_by_name, split_pieces
 
 
 def open_files(data, path, reading):
@@ -32,16 +26,17 @@ def open_files(data, path, reading):
     """
     left_out = LeftOut()
     if path.is_dir():
-        files = _files_by_name(_snapshot(path), left_out.counter())
-    elif reason := why_not_read(path, beside_records=False):
+        files = files_by_name(data, snapshot(path), left_out.counter())
+    elif reason := why_not_read(path):
         raise ValueError(f"data={data!r} is not read: such {reason}")
     else:
-        files = {_printable(path.name): path}
+        files = {printable(path.name): path}
     splits = _splits(data, files, left_out.counter())
-    sizes = [(name, file.stat()) for name, file in files.items()]
-    identity = [[name, size.st_size, size.st_mtime_ns] for name, size in sizes]
-    identity.append(dataclasses.asdict(reading))
-    plain = not any(is_record_file(file) or compression(file) for file in files.values())
+    used = [*splits["train"], *splits["validation"]]
+    states = {name: files[name].stat() for name in used}
+    identity = [[name, state.st_size, state.st_mtime_ns] for name, state in states.items()]
+    identity += [len(splits["train"]), dataclasses.asdict(reading)]
+    plain = not any(is_record_file(files[name]) or compression(files[name]) for name in used)
 
     def documents(split, add):
         chosen = {name: files[name] for name in splits[split]}
@@ -60,65 +55,28 @@ def open_files(data, path, reading):
         name=data,
         identity=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         pieces=pieces,
-        num_bytes=sum(size.st_size for _, size in sizes) if plain else None,
+        num_bytes=sum(state.st_size for state in states.values()) if plain else None,
         left_out=left_out,
     )
-
-
-def visible_files(folder):
-    """Returns the files in a folder and the folders in it, in the order of their names.
-
-    Hidden ones are left out: caches, and what macOS writes beside each file.
-    """
-    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    shown = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
-    return [
-        folder / path for path in sorted(shown, key=lambda path: [*map(os.fsencode, path.parts)])
-    ]
-
-
-def _snapshot(folder):
-    """Returns the newest snapshot in a folder of the Hugging Face cache, else the folder.
-
-    Such a folder, `datasets--<name>`, has every file twice: in `blobs`, and in `snapshots`.
-    """
-    if not all((folder / name).is_dir() for name in ("blobs", "snapshots", "refs")):
-        return folder
-    head = folder / "refs" / "main"
-    if head.is_file():
-        return folder / "snapshots" / head.read_text(encoding="utf-8").strip()
-    return max((folder / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime)
-
-
-def _files_by_name(folder, left_out):
-    """Returns the files of a folder that are read, by their names within it."""
-    found, files = visible_files(folder), {}
-    beside_records = any(map(holds_records, found))
-    for path in found:
-        name = _printable(path.relative_to(folder).as_posix())
-        if reason := why_not_read(path, beside_records):
-            left_out(reason, name)
-        else:
-            files[name] = path
-    return files
-
-
-def _printable(name):
-    """Returns a file's name with what is no UTF-8 spelled out: names only feed hashes."""
-    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
 
 def _splits(data, files, left_out):
     """Sorts the names of files into training and validation; those for tests are left out.
 
-    Names of records count always. Those of prose count if one says that it is for training: else
-    a folder named `tests` is as good as any.
+    Names of records count always; those of other files where something says that it is for
+    training. Of code only folders count, at the top: `train.py` and `tests` are parts of a program.
     """
-    records = [name for name, path in files.items() if is_record_file(path)]
-    prose = [name for name, path in files.items() if is_plain_text(path)]
+    names = {}
+    for name, path in files.items():
+        top, *rest = name.split("/")
+        if is_record_file(path) or ending(path) not in CODE:
+            names[name] = name
+        elif rest:
+            names[name] = top if top.lower() in SPLIT_WORDS else ""
     try:
-        count = any(split_by_name(name) == "train" for name in prose)
-        named = sort_by_split([*records, *(prose if count else ())])
+        says_train = any(split_by_name(shown) == "train" for shown in names.values())
+        counted = [n for n in names if says_train or is_record_file(files[n])]
+        named = sort_by_split({name: names[name] for name in counted})
     except ValueError as error:
         raise ValueError(f"data={data!r}: {error}") from None
     if len(files) == 1:  # a file by itself is all there is
@@ -128,7 +86,9 @@ def _splits(data, files, left_out):
     held_out = {*named["validation"], *named["test"]}
     train = [name for name in files if name not in held_out]
     if files and not train:
-        raise ValueError(f"data={data!r} holds validation files only: {named['validation'][0]}")
+        raise ValueError(
+            f"data={data!r} holds files for validation or tests only: {named['validation'][0]}"
+        )
     return {"train": train, "validation": [n for n in files if n in set(named["validation"])]}
 
 
@@ -146,17 +106,24 @@ def _documents(data, files, reading, left_out, skip_others):
         ValueError: if a file or a record is not text.
     """
     for name, path in files.items():
-        document, reason = FileDocument(name, path, data, reading.encoding), ""
         try:
             read = reader(data, path, reading.encoding)
-            if read is not None:
+            if read is None:
+                document = FileDocument(name, path, data, reading.encoding)
+                document.check()
+                yield document
+            else:
                 file = RecordFile(data, path, reading)
                 yield from record_documents(read, file, name, left_out)
-            elif reason := document.why_no_text():
-                raise NoRecordsError(f"data={data!r} is not a text file: {path} {reason}")
-            else:
-                yield document
         except NoRecordsError as error:
             if not skip_others:
                 raise
-            left_out("files are not text", f"{name} {reason}" if reason else str(error))
+            left_out(
+                "files hold no records and no text", str(error).partition(f"{path}")[2] or name
+            )
+        except NoTextError as error:
+            if not skip_others or is_record_file(path):
+                raise
+            reason = str(error).partition(f"{path} ")[2]
+            what = "text" if "NUL" in reason else f"{reading.encoding} text: name their encoding"
+            left_out(f"files are not {what}", f"{name} {reason}")

@@ -8,16 +8,15 @@ import functools
 import importlib.util
 import logging
 import os
-import pathlib
 import sys
-import tempfile
 
-from grug_keras.data.documents import Source, TextDocument
+from grug_keras.data.documents import Source, TextDocument, why_no_text
 from grug_keras.data.left_out import LeftOut
 from grug_keras.data.python_stdlib import fingerprint, stdlib_files
 from grug_keras.data.quiet import quiet
 from grug_keras.data.record_files import text_field
 from grug_keras.data.splits import is_validation, split_pieces
+from grug_keras.data.user_cache import temporary_folder
 
 with quiet():
     import tensorflow_datasets as tfds
@@ -76,7 +75,9 @@ def open_python_stdlib(reading):
         builder = make()
         is_prepared = builder.is_prepared()
     if not is_prepared and not _has_folder():
-        make = functools.partial(make, data_dir=_temporary_folder())
+        folder = temporary_folder("tfds")
+        logger.warning("there is no home to write to: TFDS uses %s, or TFDS_DATA_DIR", folder)
+        make = functools.partial(make, data_dir=folder)
         with quiet():
             builder = make()
     return _prepared_source("python_stdlib", builder, make, reading)
@@ -89,14 +90,6 @@ def _has_folder():
     home = os.path.expanduser("~")
     folder = os.path.join(home, "tensorflow_datasets")
     return os.access(folder if os.path.exists(folder) else home, os.W_OK)
-
-
-def _temporary_folder():
-    user = os.getuid() if hasattr(os, "getuid") else "all"
-    folder = pathlib.Path(tempfile.gettempdir(), f"grug-keras-tfds-{user}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    logger.warning("there is no home to write to: TFDS uses %s, or TFDS_DATA_DIR", folder)
-    return folder
 
 
 def open_dataset(data, reading):
@@ -148,6 +141,8 @@ def _prepared_source(data, builder, make, reading, announce=False):
         for number, example in enumerate(_examples(builder, split)):
             for name in path:
                 example = example[name]
+            if reason := why_no_text(example):
+                raise ValueError(f"data={data!r}: example {number} of {split} {reason}")
             yield TextDocument(f"{split}/{number}", example)
 
     held_out = next((s for s in ("validation", "test") if s in builder.info.splits), None)

@@ -1,58 +1,79 @@
-"""Tokenizes a corpus that is too large for memory once, into the user's cache folder."""
+"""What a corpus that is too large for memory needs once: its tokens, and a BPE trained on it.
+
+Both are kept in the user's cache folder.
+"""
 
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import sys
+import tempfile
 
 from grug_keras.data.token_folder import TokenFolder
-from grug_keras.data.tokenizing import tokenize
+from grug_keras.data.tokenizer import load_tokenizer
+from grug_keras.data.tokenizing import SCHEMA, tokenize
 from grug_keras.data.user_cache import user_cache
 
 logger = logging.getLogger("grug_keras.data")
 
 
-def tokenized_once(source, reading, spec, tokenizer, document_start):
+def tokenized_once(source, reading, tokenizer):
     """Returns the `TokenFolder` of a corpus in the user's cache, after making it if need be.
 
     Args:
         source: `Source`.
         reading: `Reading`, of the source.
-        spec: str, see `load_tokenizer`.
-        tokenizer: the tokenizer of `spec`; None for a BPE that is to be trained on this corpus.
-        document_start: str or None, see `load_tokenizer`.
+        tokenizer: see `load_tokenizer`.
 
     Raises:
         ValueError: as `tokenize`, or if there is no such folder.
     """
     path = pathlib.Path(source.name).expanduser()
     data = str(path.resolve()) if path.exists() else source.name
-    known = tokenizer and (tokenizer.sha256 or tokenizer.name)
-    made_of = json.dumps([data, source.identity, known or spec, document_start])
-    try:
-        folder = user_cache() / "tokens" / hashlib.sha256(made_of.encode()).hexdigest()[:16]
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if tokenizer is not None and spec.startswith("bpe:"):  # trained on other text as well
-            spec = str(folder.parent / f"{tokenizer.sha256[:16]}.json")
-            tokenizer.save(folder.parent)
-            (folder.parent / "tokenizer.json").replace(spec)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"data={source.name!r} is too large for memory, and no cache folder can be made: "
-            f"{error}; tokenize it with `grug tokenize` and give that folder"
-        ) from None
+    known = [tokenizer.sha256 or tokenizer.name, tokenizer.bos_id]
+    folder = _folder(source.name) / _hash([SCHEMA, data, source.identity, *known])
     if not (folder / "dataset.json").exists():
         logger.info("data=%r is too large for memory: tokenized once, to %s", source.name, folder)
     made = tokenize(
-        data,
-        spec,
-        folder,
-        reading=reading,
-        document_start=document_start,
-        progress=sys.stderr.isatty(),
-        wait=True,
+        data, tokenizer, folder, reading=reading, progress=sys.stderr.isatty(), wait=True
     )
     for note in made["notes"]:
         logger.warning(note)
-    return TokenFolder(source.name, folder, sorted(folder.glob("*.bin")))
+    found = TokenFolder(source.name, folder, sorted(folder.glob("*.bin")))
+    found.check_tokenizer(tokenizer)
+    return found
+
+
+def trained_once(identities, name, spec, texts, document_start):
+    """Returns a BPE that is trained on text, or was before.
+
+    Args:
+        identities: list of str, of the text.
+        name: str, what the user asked for, for error messages.
+        spec, texts, document_start: of `load_tokenizer`.
+    """
+    path = _folder(name) / f"bpe-{_hash([identities, spec, document_start])}.json"
+    if not path.exists():
+        tokenizer = load_tokenizer(spec, texts, document_start=document_start)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            tokenizer.save(folder)
+            os.replace(pathlib.Path(folder, "tokenizer.json"), path)
+    return load_tokenizer(str(path))
+
+
+def _folder(name):
+    try:
+        folder = user_cache() / "tokens"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"data={name!r} is too large for memory, and no cache folder can be made: {error}; "
+            "tokenize it with `grug tokenize` and give that folder"
+        ) from None
+    return folder
+
+
+def _hash(made_of):
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]

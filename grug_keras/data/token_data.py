@@ -13,7 +13,7 @@ from grug_keras.data.mixed_batches import MixedBatches
 from grug_keras.data.mixture import Mixture, parse_mixture
 from grug_keras.data.reading import Reading
 from grug_keras.data.sources import open_source
-from grug_keras.data.token_cache import tokenized_once
+from grug_keras.data.token_cache import tokenized_once, trained_once
 from grug_keras.data.token_folder import TokenFolder, find_tokens
 from grug_keras.data.tokenizer import load_tokenizer
 import numpy as np
@@ -108,10 +108,12 @@ class MixedData:
     def batches(self, *, seed, **options):
         """Returns the batches to train on; options as of `TokenBatches`."""
         # Each source has an order of its own; the first has that of a run of it alone.
-        batches = [
-            part.batches(seed=seed + (number << 32), **options)
-            for number, part in enumerate(self.parts)
-        ]
+        batches = []
+        for number, part in enumerate(self.parts):
+            try:
+                batches.append(part.batches(seed=seed + (number << 32), **options))
+            except ValueError as error:
+                raise ValueError(f"data={part.name!r}: {error}") from None
         return MixedBatches(batches, self.mixture, seed)
 
     def describe(self):
@@ -166,14 +168,11 @@ def load_data(
     """
     reading, mixture = reading or Reading(), parse_mixture(data, mixture_at)
     items = [_open(name, reading) for name in (mixture.names if mixture else (data,))]
-    if len(items) == 1 and isinstance(items[0], Source) and str(tokenizer).startswith("bpe:"):
-        items[0] = tokenized_once(items[0], reading, tokenizer, None, document_start)
-        tokenizer = None  # it is in that folder now
-    made = _tokenizer_of(items, tokenizer, document_start)
+    made = _tokenizer_of(data, items, tokenizer, document_start)
     parts = []
     for item in items:
         if isinstance(item, Source):
-            item = tokenized_once(item, reading, str(tokenizer or "bytes"), made, document_start)
+            item = tokenized_once(item, reading, made)
         parts.append(_tokens(item, made, validation_bytes))
     return MixedData(data, tuple(parts), mixture) if mixture else parts[0]
 
@@ -194,14 +193,18 @@ def _open(name, reading):
     return tokens
 
 
-def _tokenizer_of(items, spec, document_start):
+def _tokenizer_of(data, items, spec, document_start):
     """Returns the tokenizer of a run, which all token files must be made with."""
+    is_bpe = str(spec).startswith("bpe:")
     folders = [item for item in items if isinstance(item, TokenFolder)]
     texts = [item for item in items if not isinstance(item, TokenFolder)]
-    if folders and not str(spec).startswith("bpe:"):
+    trained_on = functools.partial(_training_text, texts)
+    if folders and not is_bpe:
         tokenizer = folders[0].tokenizer(spec, document_start)
+    elif is_bpe and any(isinstance(item, Source) for item in texts):
+        known = [item.identity if isinstance(item, Source) else item.sha256 for item in texts]
+        tokenizer = trained_once(known, data, spec, trained_on, document_start)
     else:
-        trained_on = functools.partial(_training_text, texts)
         tokenizer = load_tokenizer(spec or "bytes", trained_on, document_start=document_start)
     for folder in folders:
         folder.check_tokenizer(tokenizer, spec)

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import logging
+import os
 import pathlib
 
-from grug_keras.data.file_formats import is_plain_text, is_record_file
+from grug_keras.data.file_formats import is_about, is_plain_text, is_record_file, why_not_read
 from grug_keras.data.splits import sort_by_split, split_by_name
 from grug_keras.data.token_files import ShardedTokens, has_header
 from grug_keras.data.tokenizer import load_tokenizer
@@ -31,17 +32,22 @@ class TokenFolder:
 
     def __init__(self, data, folder, files):
         self.data, self.folder, self.files = data, folder, files
-        record = folder / "dataset.json"
-        self.record = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+        self.record = _record(folder)
+        self._is_whole = len(files) > 1 or files == sorted(folder.glob("*.bin"))
 
     @property
     def sha256(self):
-        return self.record["sha256"] if self.record else _fingerprint(self.files)
+        return self.record["sha256"] if self._describes else _fingerprint(self.files)
 
     @property
     def train_bytes(self):
         """int or None, length of the training text."""
-        return self.record["splits"]["train"]["bytes"] if self.record else None
+        return self.record["splits"]["train"]["bytes"] if self._describes else None
+
+    @property
+    def _describes(self):
+        """Whether there is a record, and it is of these files and not of more."""
+        return self.record is not None and self._is_whole
 
     def tokenizer(self, spec, document_start=None):
         """Returns the tokenizer of the files, and checks that it is the one that made them.
@@ -94,7 +100,7 @@ class TokenFolder:
         """
         paths = {path.name: path for path in self.files}
         try:
-            names = sort_by_split(paths)
+            names = sort_by_split([*paths])
         except ValueError as error:
             raise ValueError(f"data={self.data!r}: {error}") from None
         files = {split: [paths[name] for name in names[split]] for split in names}
@@ -122,21 +128,37 @@ def find_tokens(data):
     Raises:
         ValueError: if it is a folder that `tokenize` has not finished.
     """
-    path = pathlib.Path(data).expanduser()
+    path = pathlib.Path(os.path.expanduser(data))
     if path.suffix == ".bin" and path.is_file():
         return TokenFolder(data, path.parent, [path])
     if not data or not path.is_dir():
         return None
-    made = (path / "dataset.json").is_file()
+    made = _record(path) is not None
     if (path / "progress.json").is_file() and not made:
         raise ValueError(
             f"data={data!r} is not finished; give the `grug tokenize` command again, it goes on"
         )
-    files = sorted(file for file in path.glob("*.bin") if not file.name.startswith("."))
-    texts = any(is_record_file(file) or is_plain_text(file) for file in path.iterdir())
-    if not made and texts:
-        files = [file for file in files if split_by_name(file.name) or has_header(file)]
+    shown = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
+    files = sorted(file for file in shown if file.suffix == ".bin")
+    if not made and any(why_not_read(file) is None and not is_about(file) for file in shown):
+        named = [file for file in files if split_by_name(file.name) or has_header(file)]
+        if files and not named and not any(is_record_file(f) or is_plain_text(f) for f in shown):
+            raise ValueError(
+                f"data={data!r} holds {files[0].name}, which may be tokens, and text: name the file"
+            )
+        files = named
     return TokenFolder(data, path, files) if files else None
+
+
+def _record(folder):
+    """Returns the content of a `dataset.json` that `tokenize` has written, or None."""
+    path = folder / "dataset.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        return None
+    is_ours = isinstance(record, dict) and {"splits", "tokenizer", "sha256"} <= record.keys()
+    return record if is_ours else None
 
 
 def _fingerprint(files):

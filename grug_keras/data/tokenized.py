@@ -46,7 +46,8 @@ def tokenized(pieces, tokenizer):
         tokenizer: see `load_tokenizer`.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with _library_threads_off(), _threads(cores or 1) as pool:
+    cores = cores or 1
+    with _library_threads_off(), _threads(cores) as pool:
         pending, size = collections.deque(), 0
         for batch in batched(pieces, lambda piece: len(piece.text)):
             num_bytes = sum(len(piece.text) for piece in batch)

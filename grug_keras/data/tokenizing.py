@@ -16,7 +16,7 @@ from grug_keras.data.tokenized import tokenized
 from grug_keras.data.tokenizer import load_tokenizer
 
 SHARD_TOKENS = 10**8  # as modded-nanogpt
-_SCHEMA = 2  # another one where the same request would give other files
+SCHEMA = 2  # another one where the same request would give other files
 _WAIT_SECONDS = 0.5  # between two looks whether a lock is free
 
 
@@ -45,7 +45,8 @@ def tokenize(
 
     Args:
         data: str, see `open_source`.
-        tokenizer: str, see `load_tokenizer`. A BPE to be trained sees the training text.
+        tokenizer: str, see `load_tokenizer`, where a BPE to be trained sees the training text; or
+            what that returns.
         out: path of the folder.
         reading: `Reading`, how text is read; None is its defaults.
         document_start: str or None, see `load_tokenizer`.
@@ -70,13 +71,14 @@ def tokenize(
     if shard is not None and not 1 <= shard[0] <= shard[1]:
         raise ValueError(f"shard must be i/n with i from 1 to n, got {shard[0]}/{shard[1]}")
     out, reading = pathlib.Path(out), reading or Reading()
+    given = tokenizer if hasattr(tokenizer, "encode_batch") else None
     source = open_source(data, reading)
     request = {
-        "schema": _SCHEMA,
+        "schema": SCHEMA,
         "data": source.name,
         "reading": dataclasses.asdict(reading),
         "identity": source.identity,
-        "tokenizer": str(tokenizer),
+        "tokenizer": str(given.sha256 or given.name if given else tokenizer),
         "document_start": document_start,
         "shard_tokens": shard_tokens,
     }
@@ -85,9 +87,9 @@ def tokenize(
         return state
     with _disk_errors(out):
         if shard is not None:
-            return _tokenize_part(source, request, out, shard, progress)
+            return _tokenize_part(source, request, given, out, shard, progress)
         with _locked(out, wait):
-            return _tokenize_all(source, request, out, progress)
+            return _tokenize_all(source, request, given, out, progress)
 
 
 def _read_state(out, request, parts):
@@ -155,15 +157,27 @@ def _locked(out, wait):
     except ValueError:
         state = _read_json(out / "progress.json") if (out / "progress.json").exists() else None
         if new and not (state and (state["pieces"] or "parts" in state)):
-            shutil.rmtree(out)  # nothing that a second call could go on from
+            _empty(out)  # nothing that a second call could go on from
         raise
     finally:
         lock.release()
 
 
-def _tokenize_all(source, request, out, progress):
+def _empty(out):
+    """Deletes a folder, but for a lock that another process may wait for."""
+    for path in out.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+    with contextlib.suppress(OSError):
+        (out / ".lock").unlink()
+        out.rmdir()
+
+
+def _tokenize_all(source, request, given, out, progress):
     """Writes the folder from where a former call ended; returns the content of `dataset.json`."""
-    tokenizer, state = _begin(source, request, out, parts=False)
+    tokenizer, state = _begin(source, request, given, out, parts=False)
     if state["finished"]:  # by another process, while this one waited
         return state
     with DatasetWriter(out, tokenizer, state) as writer:
@@ -175,10 +189,10 @@ def _tokenize_all(source, request, out, progress):
         return writer.finish(source.notes())
 
 
-def _tokenize_part(source, request, out, shard, progress):
+def _tokenize_part(source, request, given, out, shard, progress):
     """Does the part of one machine, and puts the parts together if all are there."""
     with _locked(out, wait=True):  # one machine trains the tokenizer, and the others wait
-        tokenizer, state = _begin(source, request, out, parts=True)
+        tokenizer, state = _begin(source, request, given, out, parts=True)
     if state["finished"]:
         return state
     parts = TokenParts(out, tokenizer, state)
@@ -192,10 +206,10 @@ def _tokenize_part(source, request, out, shard, progress):
         return None if parts.missing() else parts.join()
 
 
-def _begin(source, request, out, parts):
+def _begin(source, request, given, out, parts):
     """Returns the tokenizer and the state of a folder, which is made ready if it is new."""
     state = _read_state(out, request, parts)
-    tokenizer = _load_tokenizer_once(source, request, out, known=state is not None)
+    tokenizer = given or _load_tokenizer_once(source, request, out, known=state is not None)
     if state is None:
         tokenizer.save(out)
         state = first_state(request, tokenizer) | ({"parts": True} if parts else {})

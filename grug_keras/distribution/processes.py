@@ -68,13 +68,15 @@ def process():
 
 
 def broadcast_text(text):
-    """Returns the first process's text, up to 1000 bytes, on every process."""
+    """Returns the first process's text on every process."""
     if process()[1] == 1:
         return text
     from jax.experimental import multihost_utils
 
-    data = np.frombuffer(text.encode().ljust(1000, b"\0"), dtype=np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes().rstrip(b"\0").decode()
+    content = np.frombuffer(text.encode(), dtype=np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    content = np.resize(content, size) if len(content) else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(content)).tobytes().decode()
 
 
 def local_rows(batch_size, accumulate=1):

@@ -9,9 +9,9 @@ from grug_keras.experiments.child import RunSpec
 from grug_keras.experiments.script import load_speedrun
 from grug_keras.training.identity import run_identity
 from grug_keras.training.model_config import size_config
-from grug_keras.training.options import read_arguments
+from grug_keras.training.options import RunOptions, read_arguments
 from grug_keras.training.provenance import flags, versions
-from grug_keras.training.run_data import load_run_data
+from grug_keras.training.run_data import DATA_OPTIONS, load_run_data
 import keras
 
 _PATHS = ("--data", "--mixture-at", "--tokenizer")  # options whose values may hold paths
@@ -53,7 +53,7 @@ class Side:
         self.arguments = _with_absolute_paths(arguments)
         self.module = load_speedrun(root / script)
         self.recipe, self.options = read_arguments(self.arguments, self.module.RECIPES)
-        self.data = _load(dataclasses.replace(self.options, seed=0), self.recipe)
+        self.data = _load(*(getattr(self.options, name) for name in DATA_OPTIONS))
 
     @property
     def is_small(self):
@@ -101,8 +101,9 @@ class Side:
 
 
 @functools.cache
-def _load(options, recipe):
-    return load_run_data(options, recipe, options.tokenizer)
+def _load(*values):
+    options = RunOptions(**dict(zip(DATA_OPTIONS, values, strict=True)))
+    return load_run_data(options, options.tokenizer)
 
 
 _versions = functools.cache(versions)

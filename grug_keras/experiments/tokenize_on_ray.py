@@ -28,10 +28,11 @@ def tokenize_on_ray(address, workers, data, out, options):
         ValueError: as `tokenize`, or if there is no cluster, or the nodes do not see `out`.
     """
     executor = RayExecutor(address, small=False)
-    ray, nodes = executor.ray, [node for node in executor.ray.nodes() if node["Alive"]]
-    workers = workers or len(nodes)
-    cores = min(node["Resources"].get("CPU", 1) for node in nodes)
-    remote = ray.remote(num_cpus=cores, max_retries=_RETRIES)(_work)
+    ray, alive = executor.ray, [node for node in executor.ray.nodes() if node["Alive"]]
+    cpus = [node["Resources"]["CPU"] for node in alive if node["Resources"].get("CPU")]
+    workers = workers or len(cpus) or 1
+    spread = {"num_cpus": min(cpus, default=1), "scheduling_strategy": "SPREAD"}
+    remote = ray.remote(**spread, max_retries=_RETRIES)(_work)
     given = (os.getcwd(), data, out.absolute(), options)
     tasks = [remote.remote(*given, (i, workers)) for i in range(1, workers + 1)]
     try:

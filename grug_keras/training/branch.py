@@ -40,7 +40,7 @@ def find_origin(options):
         if step is None:
             raise ValueError(
                 f"{what} has no checkpoint from before its cool-down, which begins after step "
-                f"{last}; kept: {kept}; --keep keeps more"
+                f"{last}; kept: {kept}; --keep keeps more, and --cooldown says when it begins"
             )
     if step > last:
         raise ValueError(f"{what} is in the cool-down, which begins after step {last}")
@@ -48,6 +48,17 @@ def find_origin(options):
         raise ValueError(f"{what} has no such checkpoint; kept: {kept}")
     warmup = round(recipe["warmup"] * recipe["steps"])
     return {"run": folder.id, "folder": str(folder), "step": step, "warmup": warmup}
+
+
+def is_origin(origin, path, step):
+    """Whether a run branches from the run in a folder, at a step or wherever.
+
+    Args:
+        origin: dict or None, `branched_from` of a record.
+        path: `pathlib.Path` of the folder.
+        step: int or None.
+    """
+    return origin is not None and path.name == origin["run"] and step in (None, origin["step"])
 
 
 def plateau_end(recipe):
@@ -74,7 +85,8 @@ def branch_recipe(recipe, origin):
     if last < origin["step"]:
         raise ValueError(
             f"branch: with steps={recipe.steps} the cool-down begins after step {last}, but the "
-            f"branch at step {origin['step']}: give more steps, or another checkpoint"
+            f"branch at step {origin['step']}: give more steps, a shorter --cooldown, or another "
+            "checkpoint"
         )
     return recipe
 

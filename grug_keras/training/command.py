@@ -52,6 +52,7 @@ def main(script, build_model, *, recipes=RECIPES, build_optimizer=build_optimize
         _set_up_process()
         with contextlib.ExitStack() as stack:
             try:
+                _check_backend()
                 _check_given(script, given)
                 check_utf8(script, values["out"])
                 recipe, options = chosen(values, recipes)
@@ -73,6 +74,14 @@ def main(script, build_model, *, recipes=RECIPES, build_optimizer=build_optimize
         sys.exit(status)
 
     command()
+
+
+def _check_backend():
+    """Refuses a backend of Keras that cannot train."""
+    if keras.config.backend() not in ("jax", "tensorflow", "torch"):
+        raise ValueError(
+            f"KERAS_BACKEND={keras.config.backend()} cannot train: jax, tensorflow and torch can"
+        )
 
 
 def _check_given(script, given):

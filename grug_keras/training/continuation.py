@@ -3,8 +3,14 @@
 import json
 
 from grug_keras import distribution
-from grug_keras.training.branch import branch_recipe, copy_curve, find_origin, restore_origin
-from grug_keras.training.folder import RunFolder, new_run_folder
+from grug_keras.training.branch import (
+    branch_recipe,
+    copy_curve,
+    find_origin,
+    is_origin,
+    restore_origin,
+)
+from grug_keras.training.folder import RunFolder, check_out, new_run_folder
 from grug_keras.training.resume import find_run, tell_of_new_run, tokenizer_of_run
 from grug_keras.training.same_run import check_same_run, first_difference
 from grug_keras.training.segments import earlier_segments, segment_of
@@ -36,12 +42,13 @@ class Continuation:
         self.folder = self.began = self.origin = None
         is_first = distribution.process()[0] == 0
         if is_first:
+            check_out(options.out)
             self.folder = find_run(experiment, recipe, options)
         try:
             if self.folder is not None:
                 self.began = self.folder.record()
                 self.origin = self._origin_of_record()
-            elif is_first and options.branch:
+            elif is_first and options.branch is not None:
                 self.origin = find_origin(options)
             begins = not (self.folder and self.folder.saved_steps())
             found = distribution.broadcast_text(json.dumps([self.origin, begins]))
@@ -54,7 +61,7 @@ class Continuation:
 
     def _origin_of_record(self):
         origin, asked = self.began.get("branched_from"), self.options.branch_of()
-        if asked is not None and asked[0].name != (origin or {}).get("run"):
+        if asked is not None and not is_origin(origin, *asked):
             raise ValueError(
                 f"branch={self.options.branch!r}: {self.folder} is no branch of that run"
             )
@@ -78,7 +85,7 @@ class Continuation:
             return load(self.options.tokenizer)
         data = load(tokenizer_of_run(self.folder, self.began, self.options.tokenizer))
         was = (self.began.get("data") or {}).get("sha256")
-        if self.options.resume == "" and was != data.sha256:
+        if self.options.resume == "" and self.origin is None and was != data.sha256:
             self._leave(("data.sha256", was, data.sha256))
             return load(self.options.tokenizer)
         return data
@@ -141,8 +148,8 @@ class Continuation:
         """
         self._here, self._earlier = (step, record.started), []
         record.update(branched_from=self.origin, **notes.get("record", {}))
-        # With another end, that is no loss of the end.
-        if self._begins_branch or self.gets_longer:
+        record.update(steps=step)
+        if step < self.recipe.steps:  # with another end, that is no loss of the end
             record.update(loss=None, bits_per_byte=None)
         if self.began is not None:
             record.started = self.began["started"]

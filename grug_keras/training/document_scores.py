@@ -1,5 +1,7 @@
 """How far the validation score would move with other documents: a bootstrap interval."""
 
+import copy
+
 import keras
 import numpy as np
 
@@ -27,6 +29,8 @@ def score_interval(model, data, batches, seed):
     losses, rng = TokenLosses(model), np.random.default_rng(seed)
     draws = np.zeros(_DRAWS)
     for part, slice_, weight in zip(data.parts, batches, data.weights, strict=True):
+        slice_ = copy.copy(slice_)
+        slice_.rows = np.arange(slice_.batch_size)  # also those that other processes make
         if not weight:
             continue
         bits, num_bytes = document_scores(losses, part, slice_)

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import pathlib
 
 from grug_keras.data.files import take_lock
@@ -43,8 +44,12 @@ class RunFolder:
         Raises:
             ValueError: if the file holds none.
         """
-        record = json.loads(self.results.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
+        try:
+            record = json.loads(self.results.read_text(encoding="utf-8"))
+            steps = record["recipe"]["steps"]
+        except (ValueError, KeyError, TypeError, OSError):
+            steps = None
+        if steps is None or "status" not in record:
             raise ValueError(f"{self.results} holds no record of a run")
         return record
 
@@ -84,6 +89,19 @@ def lock(path):
         ValueError: if another process holds it.
     """
     return take_lock(path / ".lock", f"another process is at work in {path}")
+
+
+def check_out(root):
+    """Refuses a folder of run folders that cannot be written, before there is work to lose.
+
+    Raises:
+        ValueError: names it.
+    """
+    there = pathlib.Path(root).absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"out={str(root)!r} cannot hold run folders: {there} cannot be written")
 
 
 def new_run_folder(root, name):

@@ -14,7 +14,8 @@ _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 class StopOnInterrupt(keras.callbacks.Callback):
     """Ends `fit` after the running step, and `evaluate` at once, at the first Ctrl-C or SIGTERM.
 
-    The second one of the same kind ends the process at once. Of several processes a SIGTERM to
+    A second Ctrl-C ends the process at once; a second SIGTERM does nothing, since those who send it
+    often do so twice. Of several processes a SIGTERM to
     any ends all after the same step: JAX, which tells the others, names it; there Ctrl-C ends at
     once, and an evaluation goes on to its end.
 
@@ -66,12 +67,12 @@ class StopOnInterrupt(keras.callbacks.Callback):
 
     def _handle(self, number, frame):
         self._stop(number)
-        self._restore(number)
-        name = _SIGNALS[number]
-        # `print` must not be entered again where the signal met one.
-        os.write(
-            2, f"\n{name}: stopping after this step and saving; again to stop at once.\n".encode()
-        )
+        if number == signal.SIGINT:
+            self._restore(number)
+        again = "; again to stop at once" if number == signal.SIGINT else ""
+        said = f"\n{_SIGNALS[number]}: stopping after this step and saving{again}.\n"
+        with contextlib.suppress(OSError):  # who reads it may be gone
+            os.write(2, said.encode())  # `print` must not be entered again where it was met
 
     def _stop(self, number):
         if not self.interrupted:

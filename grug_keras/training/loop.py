@@ -115,6 +115,8 @@ class TrainingLoop:
             self.record.checkpoint_seconds += round(time.perf_counter() - begin, 3)
             if loss is not None:
                 now = dataclasses.replace(self.record, **self.meter.figures())
+                *earlier, here = now.segments
+                now.segments = [*earlier, {**here, "last_step": step}]
                 now.save_if_there_is_room(self.folder.results)
 
     def _save(self, loss):
@@ -181,7 +183,8 @@ class TrainingLoop:
         is_done = self.meter.steps_done == self.steps
         if is_done and self.record.loss is None and not self._stop.interrupted:
             self._evaluate(self.steps)  # a run that was continued only for this
-        is_done = is_done and self.record.loss is not None
+        evaluated = self.record.evaluations and self.record.evaluations[-1]["step"] == self.steps
+        is_done = is_done and self.record.loss is not None and bool(evaluated)
         self.record.status = "trained" if is_done else "interrupted"
 
 

@@ -130,10 +130,14 @@ def in_one_line(error, needs, recipe, seq_len):
     refused = f"; {said / 1e9:.3g} GB were asked for" if said else ""
     if isinstance(error, MemoryError) and str(error).startswith("this machine has"):
         refused = f"; this machine has {said / 1e9:.3g} GB"
+    batch = recipe.batch_size
+    divisors = (n for n in range(recipe.accumulate + 1, batch + 1) if batch % n == 0)
+    parts_more = next(divisors, None)
+    helps = f"--accumulate {parts_more} or more, " if parts_more else ""
     return (
         f"out of memory: a step of {recipe.batch_size} x {seq_len} tokens needs more than "
-        f"{sum(needs.values()) / 1e9:.3g} GB ({parts}){refused}; what helps: --accumulate "
-        f"{2 * recipe.accumulate} or more, --remat full, a smaller --batch or --seq-len"
+        f"{sum(needs.values()) / 1e9:.3g} GB ({parts}){refused}; what helps: "
+        f"{helps}--remat full, a smaller --batch or --seq-len"
     )
 
 

@@ -99,7 +99,7 @@ class RunOptions:
         None,
         "Size of the validation slice of each source.",
         type=_at_least(1),
-        show_default="a byte for 256 training tokens, 256 KiB to 32 MiB",
+        show_default="256 KiB for smoke, to 32 MiB by size",
     )
     tokenizer: str | None = _option(
         None,

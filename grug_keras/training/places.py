@@ -2,11 +2,10 @@
 
 import getpass
 import os
-import pathlib
 import sys
-import tempfile
 
 import click
+from grug_keras.data.user_cache import temporary_folder
 from grug_keras.training.restart import restart
 
 
@@ -21,9 +20,11 @@ def settle_in():
     Raises:
         click.ClickException: if the interpreter was told to stay out of that mode.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, LastingOutput(stream))
     if sys.getfilesystemencoding() != "utf-8":
         if os.environ.get("PYTHONUTF8") == "1":
             raise click.ClickException("paths must be UTF-8: start Python without -X utf8=0")
@@ -38,12 +39,35 @@ def settle_in():
         click.echo(f"this user has no home: HOME is {home}", err=True)
 
 
-def temporary_folder(name):
-    """Makes and returns a folder that this user's processes share, until the machine forgets it."""
-    user = os.getuid() if hasattr(os, "getuid") else "all"
-    folder = pathlib.Path(tempfile.gettempdir(), f"grug-keras-{name}-{user}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
+class LastingOutput:
+    """An output that goes on when nobody reads it any more: a run outlives its `tee`."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        """Writes a text, or nothing where that is not possible."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            return self._leave(len(text))
+
+    def flush(self):
+        """Brings to the reader what was written."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._leave()
+
+    def _leave(self, written=0):
+        """Lets all that follows go nowhere, also what Python still holds."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        return written
 
 
 def check_utf8(*paths):

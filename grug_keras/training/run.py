@@ -76,7 +76,7 @@ class Run:
         return self.past.folder
 
     def _load(self, tokenizer):
-        return load_run_data(self.options, self.recipe, tokenizer)
+        return load_run_data(self.options, tokenizer)
 
     def _batches(self):
         """The batches of training, and of the validation slice of each source."""

@@ -186,6 +186,27 @@ def test_a_cached_corpus_is_found_however_its_tokenizer_is_spelled(tmp_path, mon
         assert now == folders, "nothing is tokenized twice"
 
 
+@pytest.mark.parametrize("max_bytes", [10**6, 100])
+def test_what_is_repeated_in_another_source_is_left_out(tmp_path, monkeypatch, max_bytes):
+    monkeypatch.setattr("grug_keras.data.corpus.MAX_BYTES", max_bytes)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for name, first in (("a", 0), ("b", 100), ("c", 150)):
+        (tmp_path / name).mkdir()
+        for number in range(first, first + 200):
+            (tmp_path / name / f"{number}.txt").write_text(f"document {number}")
+
+    def documents(data, number):
+        kept = load_data(data, reading=Reading(deduplicate=True)).parts[number]
+        train = kept.train[: len(kept.train)]
+        return np.sum(train == 256) - 1
+
+    alone, after = documents("c", 0), documents("a=0.5,b=0.3,c=0.2", 2)
+    assert 180 < alone < 200
+    assert 40 < after <= 50, "only the last 50 are new"
+    assert documents("b=0.5,c=0.3,a=0.2", 2) > 85
+
+
 def test_a_part_of_a_token_folder_has_its_own_fingerprint(tmp_path):
     for number in range(60):
         (tmp_path / f"{number}.txt").write_text(f"{number} aabb " * 5)
@@ -225,7 +246,10 @@ def test_several_sources_share_a_tokenizer(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="tokenizer='bytes' has sha256 None, but data='tokens'"):
         load_data("tokens=0.5,b.txt=0.5", "bytes")
     with pytest.raises(ValueError, match="data='tokens' holds tokens; encoding='latin-1' is of"):
-        load_data("tokens=0.5,b.txt=0.5", reading=Reading(encoding="latin-1"))
+        load_data("tokens", reading=Reading(encoding="latin-1"))
+    assert load_data("tokens=0.5,b.txt=0.5", reading=Reading(encoding="latin-1"))
+    with pytest.raises(ValueError, match="data='tokens' holds tokens; deduplicate=True is of"):
+        load_data("tokens=0.5,b.txt=0.5", reading=Reading(deduplicate=True))
     monkeypatch.setattr("grug_keras.data.corpus.MAX_BYTES", 1000)
     large = load_data("a.txt=0.5,b.txt=0.5", "bpe:300", mixture_at=["3:c.txt"])
     assert large.tokenizer.sha256 == data.tokenizer.sha256

@@ -32,9 +32,10 @@ from runs import STARTER, adamw, at_batch, curve, run_of, sigterm
 
 @pytest.fixture(scope="module", autouse=True)
 def no_sample():
-    """Sampling compiles for seconds."""
+    """Sampling compiles for seconds, and so does the interval over documents."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keepsakes, "sample_validation", lambda *_: {"prompt": "", "text": ""})
+        patch.setattr(keepsakes, "score_interval", lambda *_: None)
         yield
 
 

@@ -196,7 +196,7 @@ def test_ctrl_c_leaves_the_checkpoint_and_a_readable_record(tmp_path):
         (["--size", "7b"], "--size.*'7b' is not one of"),
         (["--data", "gone.txt"], "data='gone.txt' is no file or folder"),
         (["--data", "{short}"], "shorter than one sequence"),
-        (["--data", "{binary}"], "not a text file"),
+        (["--data", "{binary}"], "is no text: byte 0 is NUL"),
         (["--tokenizer", "{binary}"], "tokenizer=.*is not a tokenizer.json"),
     ],
 )

@@ -19,15 +19,25 @@ class New:
     def __init__(self, left_out):
         self._left_out, self._seen = left_out, _Seen()
 
+    def know(self, splits):
+        """Takes the documents of another corpus for known, an iterable or None of each split."""
+        for documents in splits:
+            for document in documents or ():
+                self._seen.add(_number(document))
+
     def __call__(self, document):
         """Whether the text of a document is new; that of a file is read for it."""
-        digest = hashlib.sha256()
-        for text in document.read():
-            digest.update(text)
-        is_new = self._seen.add(int.from_bytes(digest.digest()[:8], "little"))
+        is_new = self._seen.add(_number(document))
         if not is_new:
             self._left_out("documents are repeated", document.name)
         return is_new
+
+
+def _number(document):
+    digest = hashlib.sha256()
+    for text in document.read():
+        digest.update(text)
+    return int.from_bytes(digest.digest()[:8], "little")
 
 
 class _Seen:

@@ -1,13 +1,10 @@
-"""Documents, the pieces that they are read in, and the source that they come from."""
+"""Documents, and the pieces that they are read in."""
 
-from collections.abc import Callable
 import contextlib
-import dataclasses
 import pathlib
 from typing import NamedTuple
 
 from grug_keras.data.compressed import NoTextError, open_utf8
-from grug_keras.data.left_out import LeftOut
 from grug_keras.data.utf8 import cut_between_words, cut_text
 
 PIECE_BYTES = 2**20  # a text file is read by as much at a time, and shared among the cores
@@ -27,32 +24,6 @@ class Piece(NamedTuple):
     name: str
     text: bytes
     starts: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A corpus whose documents come in a fixed order, those for training first or mixed in.
-
-    Args:
-        name: str, what the user asked for.
-        identity: str. It differs when the stored text, or the way it is read, has changed.
-        pieces: function without arguments. It returns an iterator of all `Piece`, which holds
-            only a few in memory at a time and raises ValueError where something is not text.
-        num_bytes: int or None, about how many bytes of text there are, for a progress bar.
-        sha256: str or None, fingerprint of the text where it is known before reading.
-        left_out: `LeftOut`, what is not read, known once all pieces were read.
-    """
-
-    name: str
-    identity: str
-    pieces: Callable
-    num_bytes: int | None = None
-    sha256: str | None = None
-    left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
-
-    def notes(self):
-        """Returns a line for each reason why something was left out, a list of str."""
-        return [f"data={self.name!r}: {line}" for line in self.left_out.lines()]
 
 
 class TextDocument(NamedTuple):

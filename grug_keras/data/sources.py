@@ -7,7 +7,7 @@ from grug_keras.data.reading import Reading
 from grug_keras.data.text_files import open_files
 
 
-def open_source(data, reading=None):
+def open_source(data, reading=None, before=()):
     """Finds a corpus by its name or path.
 
     Args:
@@ -16,6 +16,7 @@ def open_source(data, reading=None):
             TensorFlow dataset with a text feature (`tiny_shakespeare`, `lm1b`, ...). Records
             have their text in the field `text`, or in the only string field.
         reading: `Reading`, how text is read; None is its defaults.
+        before: tuple of `Source`. If repeated documents are left out, those of these as well.
 
     Returns:
         `Source`.
@@ -28,9 +29,9 @@ def open_source(data, reading=None):
     reading = reading or Reading()
     path = pathlib.Path(os.path.expanduser(data))
     if data != "python_stdlib" and (path.is_file() or path.is_dir()):
-        return open_files(data, path, reading)
+        return open_files(data, path, reading, before)
     from grug_keras.data import tfds_source  # here, since it imports TFDS
 
     if data == "python_stdlib":
-        return tfds_source.open_python_stdlib(reading)
-    return tfds_source.open_dataset(data, reading)
+        return tfds_source.open_python_stdlib(reading, before)
+    return tfds_source.open_dataset(data, reading, before)

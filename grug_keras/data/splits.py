@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import re
 
-from grug_keras.data.deduplicate import New
 from grug_keras.data.documents import Piece, part_of
 
 # With fewer documents, the end of each is held out instead of one document in twenty.
@@ -69,22 +68,12 @@ def is_validation(name):
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0
 
 
-def split_pieces(train, validation, reading, left_out):
-    """Yields the pieces of a corpus, each with its split.
+def split_pieces(train, validation):
+    """Yields the pieces of a corpus that has a validation split of its own.
 
     Args:
-        train: iterable of `TextDocument` or `FileDocument`.
-        validation: likewise, or None: then some of `train` is held out.
-        reading: `Reading`, which says whether documents that are repeated are left out.
-        left_out: function of `LeftOut.counter`.
+        train, validation: iterables of `TextDocument` or `FileDocument`.
     """
-    if reading.deduplicate:
-        is_new = New(left_out)
-        train = filter(is_new, train)
-        validation = None if validation is None else filter(is_new, validation)
-    if validation is None:
-        yield from split_documents(train)
-        return
     for split, documents in (("train", train), ("validation", validation)):
         for document in documents:
             yield from _pieces(split, document.name, document.read())

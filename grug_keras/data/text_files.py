@@ -6,20 +6,21 @@ import json
 
 from grug_keras.data.compressed import NoTextError, compression
 from grug_keras.data.corpus_folder import files_by_name, printable, snapshot
-from grug_keras.data.documents import FileDocument, Source
+from grug_keras.data.documents import FileDocument
 from grug_keras.data.file_formats import CODE, ending, is_record_file, reader, why_not_read
 from grug_keras.data.left_out import LeftOut
 from grug_keras.data.record_files import NoRecordsError, RecordFile, record_documents
-from grug_keras.data.splits import SPLIT_WORDS, sort_by_split, split_by_name, split_pieces
+from grug_keras.data.source import Source
+from grug_keras.data.splits import SPLIT_WORDS, sort_by_split, split_by_name
 
 
-def open_files(data, path, reading):
+def open_files(data, path, reading, before=()):
     """Returns the `Source` of a file or of all files in a folder, hidden ones left out.
 
     Args:
         data: str, what the user asked for.
         path: `pathlib.Path` of the file or folder.
-        reading: `Reading`.
+        reading, before: of `open_source`.
 
     Raises:
         ValueError: if files are of no kind that is read, or named for two splits.
@@ -38,25 +39,21 @@ def open_files(data, path, reading):
     identity += [len(splits["train"]), dataclasses.asdict(reading)]
     plain = not any(is_record_file(files[name]) or compression(files[name]) for name in used)
 
-    def documents(split, add):
-        chosen = {name: files[name] for name in splits[split]}
-        return _documents(data, chosen, reading, add, skip_others=path.is_dir())
+    def documents(add):
+        def of(split):
+            chosen = {name: files[name] for name in splits[split]}
+            return _documents(data, chosen, reading, add, skip_others=path.is_dir())
 
-    def pieces():
-        add, found = left_out.counter(), False
-        validation = documents("validation", add) if splits["validation"] else None
-        for piece in split_pieces(documents("train", add), validation, reading, add):
-            found = True
-            yield piece
-        if not found:
-            raise ValueError("; ".join([f"data={data!r} holds no text file", *left_out.lines()]))
+        return of("train"), of("validation") if splits["validation"] else None
 
     return Source(
         name=data,
-        identity=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
-        pieces=pieces,
+        stored=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        documents=documents,
+        reading=reading,
         num_bytes=sum(state.st_size for state in states.values()) if plain else None,
         left_out=left_out,
+        before=before,
     )
 
 

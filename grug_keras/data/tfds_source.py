@@ -10,12 +10,12 @@ import logging
 import os
 import sys
 
-from grug_keras.data.documents import Source, TextDocument, why_no_text
-from grug_keras.data.left_out import LeftOut
+from grug_keras.data.documents import TextDocument, why_no_text
 from grug_keras.data.python_stdlib import fingerprint, stdlib_files
 from grug_keras.data.quiet import quiet
 from grug_keras.data.record_files import text_field
-from grug_keras.data.splits import is_validation, split_pieces
+from grug_keras.data.source import Source
+from grug_keras.data.splits import is_validation
 from grug_keras.data.user_cache import temporary_folder
 
 with quiet():
@@ -61,7 +61,7 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
                 yield name, {"path": name, "text": text}
 
 
-def open_python_stdlib(reading):
+def open_python_stdlib(reading, before=()):
     """Returns the `Source` of the embedded corpus; the first call prepares it on disk.
 
     Raises:
@@ -80,7 +80,7 @@ def open_python_stdlib(reading):
         make = functools.partial(make, data_dir=folder)
         with quiet():
             builder = make()
-    return _prepared_source("python_stdlib", builder, make, reading)
+    return _prepared_source("python_stdlib", builder, make, reading, before)
 
 
 def _has_folder():
@@ -92,12 +92,12 @@ def _has_folder():
     return os.access(folder if os.path.exists(folder) else home, os.W_OK)
 
 
-def open_dataset(data, reading):
+def open_dataset(data, reading, before=()):
     """Returns the `Source` of a TFDS dataset, after downloading and preparing it if need be.
 
     Args:
         data: str, name of the dataset as TFDS has it (`lm1b`, `pg19:1.0.0`, ...).
-        reading: `Reading`.
+        reading, before: of `open_source`.
 
     Raises:
         ValueError: if there is no such dataset, it has no text feature, or it cannot be
@@ -112,17 +112,17 @@ def open_dataset(data, reading):
             f"{_first_line(error)}"
         ) from error
     make = functools.partial(tfds.builder, data)
-    return _prepared_source(data, builder, make, reading, announce=True)
+    return _prepared_source(data, builder, make, reading, before, announce=True)
 
 
-def _prepared_source(data, builder, make, reading, announce=False):
+def _prepared_source(data, builder, make, reading, before, announce=False):
     """Returns the source of a dataset, prepared first if need be.
 
     Args:
         data: str, what the user asked for.
         builder: `tfds.core.DatasetBuilder`.
         make: function, returns another one for the same dataset.
-        reading: `Reading`.
+        reading, before: of `open_source`.
         announce: bool, whether to say on stderr that the dataset has to be prepared.
     """
     features = dict(builder.info.features.items())
@@ -146,15 +146,14 @@ def _prepared_source(data, builder, make, reading, announce=False):
             yield TextDocument(f"{split}/{number}", example)
 
     held_out = next((s for s in ("validation", "test") if s in builder.info.splits), None)
-    left_out = LeftOut()
-
-    def pieces():
-        validation = held_out and documents(held_out)
-        return split_pieces(documents("train"), validation, reading, left_out.counter())
-
-    known = None if reading.deduplicate else getattr(builder, "fingerprint", None)
-    identity = f"{builder.info.full_name} {'.'.join(path)} {reading.deduplicate}"
-    return Source(data, identity, pieces, sha256=known, left_out=left_out)
+    return Source(
+        name=data,
+        stored=f"{builder.info.full_name} {'.'.join(path)} {reading.deduplicate}",
+        documents=lambda _: (documents("train"), held_out and documents(held_out)),
+        reading=reading,
+        known_sha256=getattr(builder, "fingerprint", None),
+        before=before,
+    )
 
 
 def _prepare(data, builder, make):

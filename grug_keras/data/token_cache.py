@@ -19,26 +19,23 @@ from grug_keras.data.user_cache import user_cache
 logger = logging.getLogger("grug_keras.data")
 
 
-def tokenized_once(source, reading, tokenizer):
+def tokenized_once(source, tokenizer):
     """Returns the `TokenFolder` of a corpus in the user's cache, after making it if need be.
 
     Args:
         source: `Source`.
-        reading: `Reading`, of the source.
         tokenizer: see `load_tokenizer`.
 
     Raises:
         ValueError: as `tokenize`, or if there is no such folder.
     """
     path = pathlib.Path(source.name).expanduser()
-    data = str(path.resolve()) if path.exists() else source.name
+    place = str(path.resolve()) if path.exists() else source.name
     known = [tokenizer.sha256 or tokenizer.name, tokenizer.bos_id]
-    folder = _folder(source.name) / _hash([SCHEMA, data, source.identity, *known])
+    folder = _folder(source.name) / _hash([SCHEMA, place, source.identity, *known])
     if not (folder / "dataset.json").exists():
         logger.info("data=%r is too large for memory: tokenized once, to %s", source.name, folder)
-    made = tokenize(
-        data, tokenizer, folder, reading=reading, progress=sys.stderr.isatty(), wait=True
-    )
+    made = tokenize(source, tokenizer, folder, progress=sys.stderr.isatty(), wait=True)
     for note in made["notes"]:
         logger.warning(note)
     found = TokenFolder(source.name, folder, sorted(folder.glob("*.bin")))

@@ -8,10 +8,10 @@ from typing import Any
 
 from grug_keras.data.batches import TokenBatches, token_stream
 from grug_keras.data.corpus import Corpus, TooLargeError, load_corpus
-from grug_keras.data.documents import Source
 from grug_keras.data.mixed_batches import MixedBatches
 from grug_keras.data.mixture import Mixture, parse_mixture
 from grug_keras.data.reading import Reading
+from grug_keras.data.source import Source
 from grug_keras.data.sources import open_source
 from grug_keras.data.token_cache import tokenized_once, trained_once
 from grug_keras.data.token_folder import TokenFolder, find_tokens
@@ -167,30 +167,33 @@ def load_data(
             together.
     """
     reading, mixture = reading or Reading(), parse_mixture(data, mixture_at)
-    items = [_open(name, reading) for name in (mixture.names if mixture else (data,))]
+    items = _open(mixture.names if mixture else (data,), reading)
     made = _tokenizer_of(data, items, tokenizer, document_start)
     parts = []
     for item in items:
         if isinstance(item, Source):
-            item = tokenized_once(item, reading, made)
+            item = tokenized_once(item, made)
         parts.append(_tokens(item, made, validation_bytes))
     return MixedData(data, tuple(parts), mixture) if mixture else parts[0]
 
 
-def _open(name, reading):
-    """Returns a `TokenFolder`, a `Corpus` in memory, or a `Source` that is too large for that."""
-    tokens = find_tokens(name)
-    if tokens is None:
-        source = open_source(name, reading)
-        try:
-            return load_corpus(source)
-        except TooLargeError:
-            return source
+def _open(names, reading):
+    """Returns what each name is: a `TokenFolder`, a `Corpus`, or a `Source` too large for that."""
+    items, sources = [find_tokens(name) for name in names], []
+    for place, name in enumerate(names):
+        if items[place] is None:
+            source = open_source(name, reading, tuple(sources))
+            sources.append(source)
+            try:
+                items[place] = load_corpus(source)
+            except TooLargeError:
+                items[place] = source
     for field in dataclasses.fields(reading):
-        value = getattr(reading, field.name)
-        if value != field.default:
-            raise ValueError(f"data={name!r} holds tokens; {field.name}={value!r} is of text")
-    return tokens
+        value, is_of_all = getattr(reading, field.name), field.name == "deduplicate"
+        tokens = [n for n, item in zip(names, items, strict=True) if isinstance(item, TokenFolder)]
+        if value != field.default and tokens and (is_of_all or not sources):
+            raise ValueError(f"data={tokens[0]!r} holds tokens; {field.name}={value!r} is of text")
+    return items
 
 
 def _tokenizer_of(data, items, spec, document_start):

@@ -44,7 +44,7 @@ def tokenize(
     and deletes them; the files are those that one machine writes, to the bit.
 
     Args:
-        data: str, see `open_source`.
+        data: str, see `open_source`; or a `Source`.
         tokenizer: str, see `load_tokenizer`, where a BPE to be trained sees the training text; or
             what that returns.
         out: path of the folder.
@@ -72,11 +72,11 @@ def tokenize(
         raise ValueError(f"shard must be i/n with i from 1 to n, got {shard[0]}/{shard[1]}")
     out, reading = pathlib.Path(out), reading or Reading()
     given = tokenizer if hasattr(tokenizer, "encode_batch") else None
-    source = open_source(data, reading)
+    source = open_source(data, reading) if isinstance(data, str) else data
     request = {
         "schema": SCHEMA,
-        "data": source.name,
-        "reading": dataclasses.asdict(reading),
+        "data": data if isinstance(data, str) else None,  # then its identity says all
+        "reading": dataclasses.asdict(source.reading),
         "identity": source.identity,
         "tokenizer": str(given.sha256 or given.name if given else tokenizer),
         "document_start": document_start,

@@ -75,8 +75,8 @@ def report(run, record, checkpoints, stopped_with):
     left = " and curve" if run.options.results_only else ", curve, picture and checkpoints"
     print(f"results{left}: {run.folder}")
     print(
-        f"validation: {record.bits_per_byte:.3f} bits per byte {_interval(record)}"
-        f"(loss {record.loss:.4f}), {record.steps} steps, "
+        f"validation: {record.bits_per_byte:.3f} bits per byte{_interval(record)}, "
+        f"loss {record.loss:.4f}, {record.steps} steps, "
         f"{record.tokens:,} tokens in {record.seconds:.0f} s, "
         f"{record.tokens_per_second or 0:,} tokens/s, {record.total_seconds:.0f} s in all"
     )
@@ -90,7 +90,7 @@ def _interval(record):
     if record.bits_per_byte_interval is None:
         return ""
     low, high = record.bits_per_byte_interval
-    return f"(95% {low:.3f} to {high:.3f} over documents) "
+    return f" (95% {low:.3f} to {high:.3f} over documents)"
 
 
 def _report_sources(run, record):

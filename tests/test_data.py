@@ -137,6 +137,14 @@ def test_bad_files_are_named(tmp_path, content, message):
         load_corpus(str(path))
 
 
+def test_a_corpus_may_be_a_path(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("grüg see tree. " * 100)
+    assert load_data(path).describe() == load_data(str(path)).describe()
+    assert load_corpus(path) == load_corpus(str(path))
+    assert tokenize(path, "bytes", tmp_path / "out")["request"]["data"] == str(path)
+
+
 def test_missing_data_is_named(tmp_path):
     for data in (str(tmp_path / "gone.txt"), "gone.txt", "no_such_dataset", "~nobody/x"):
         with pytest.raises(ValueError, match="data=.*is no file or folder, nor the name"):

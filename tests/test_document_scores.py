@@ -29,9 +29,9 @@ TEXTS = [b"a" * 5 + b"b" * i + bytes([65 + i]) for i in range(1, 16)]
 @pytest.fixture(scope="module")
 def evaluated():
     config = grug_keras.GrugConfig(
-        vocab_size=257, hidden_dim=16, intermediate_dim=24, num_layers=1, num_heads=1,
-        num_kv_heads=1, max_seq_len=12, initializer_std=0.3,
-    )  # fmt: skip
+        **{"vocab_size": 257, "hidden_dim": 16, "intermediate_dim": 24, "num_layers": 1},
+        **{"num_heads": 1, "num_kv_heads": 1, "max_seq_len": 12, "initializer_std": 0.3},
+    )
     model = CappedModel(config)
     model.build()
     model.compile("adamw")

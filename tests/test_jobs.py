@@ -17,7 +17,7 @@ from grug_keras.data.files import take_lock, write_atomically
 from grug_keras.data.packing import BestFit
 from grug_keras.optimizers.schedule import Trapezoid
 from grug_keras.speedrun import Recipe
-from grug_keras.training import keepsakes, memory_use, meter
+from grug_keras.training import artifacts, memory_use, meter
 from grug_keras.training.checkpoint_stores import FileStore
 from grug_keras.training.meter import Meter
 from grug_keras.training.options import RunOptions
@@ -34,8 +34,8 @@ from runs import STARTER, adamw, at_batch, curve, run_of, sigterm
 def no_sample():
     """Sampling compiles for seconds, and so does the interval over documents."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keepsakes, "sample_validation", lambda *_: {"prompt": "", "text": ""})
-        patch.setattr(keepsakes, "score_interval", lambda *_: None)
+        patch.setattr(artifacts, "sample_validation", lambda *_: {"prompt": "", "text": ""})
+        patch.setattr(artifacts, "score_interval", lambda *_: None)
         yield
 
 
@@ -101,8 +101,8 @@ def test_what_comes_after_the_results_cannot_take_them_away(
 
     run = run_of(tmp_path / "runs", steps=3)
     with monkeypatch.context() as patch:
-        patch.setattr(keepsakes, "sample_validation", fails)
-        patch.setattr(keepsakes, "write_atomically", full)
+        patch.setattr(artifacts, "sample_validation", fails)
+        patch.setattr(artifacts, "write_atomically", full)
         assert run(tiny_model, adamw) == 1, "the model is what people came for"
     record = run.folder.record()
     assert record["status"] == "finished"
@@ -111,7 +111,7 @@ def test_what_comes_after_the_results_cannot_take_them_away(
     assert "no sample: ValueError: the prompt does not fit" in caplog.text
     assert run.folder.picture.exists()
     again = run_of(tmp_path / "runs", steps=3, resume=str(run.folder))
-    monkeypatch.setattr(keepsakes, "sample_validation", lambda *_: sigterm() or time.sleep(1))
+    monkeypatch.setattr(artifacts, "sample_validation", lambda *_: sigterm() or time.sleep(1))
     assert again(tiny_model, adamw) == 0, "a finished run is finished"
     assert run.folder.model.exists()
     record = run.folder.record()

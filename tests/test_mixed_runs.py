@@ -3,7 +3,7 @@
 import json
 
 import click
-from grug_keras.training import keepsakes
+from grug_keras.training import artifacts
 from grug_keras.training.plots import plot_curve
 import pytest
 
@@ -13,7 +13,7 @@ from runs import adamw, at_batch, curve, run_of, sigterm
 @pytest.fixture(autouse=True)
 def no_sample(monkeypatch):
     """Sampling compiles for seconds."""
-    monkeypatch.setattr(keepsakes, "sample_validation", lambda *_: {"prompt": "", "text": ""})
+    monkeypatch.setattr(artifacts, "sample_validation", lambda *_: {"prompt": "", "text": ""})
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def mixed(folder, sources, **options):
 def test_a_run_says_how_it_does_on_each_source(tmp_path, sources, tiny_model, capsys, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
-        keepsakes,
+        artifacts,
         "plot_curve",
         lambda *args, **kwargs: (drawn.update(kwargs), plot_curve(*args, **kwargs)),
     )

@@ -96,6 +96,7 @@ def test_a_mixture_is_read_from_its_name(tmp_path, monkeypatch):
         ("a=0.7,b=nan", (), "'b=nan' is no source"),
         ("a=0.7,b=many", (), "'b=many' is no source"),
         ("a=0.7,a=0.3", (), "names 'a' twice"),
+        ("a=1,b=1e-13", (), "the share of 'b' is less than 1e-09"),
         ("a", ["b=0.5"], "mixture_at must be like 500:a=0.7,b=0.3, got 'b=0.5'"),
         ("a", ["5:"], "mixture_at must be like"),
         ("a", ["0:b"], "mixture_at must ascend from step 1, got '0:b'"),

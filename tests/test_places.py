@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import grug_cli
 from grug_keras import backend
 from grug_keras.experiments.checkout import Checkout
-from grug_keras.training import compile_cache, places, provenance, restart
+from grug_keras.training import compile_cache, process_setup, provenance, restart
 import keras
 import pytest
 
@@ -58,26 +58,26 @@ def test_text_is_utf8_whatever_the_locale():
 def restarts(monkeypatch):
     """Collects what a command would start again with."""
     found = []
-    monkeypatch.setattr(places, "restart", lambda **environment: found.append(environment))
+    monkeypatch.setattr(process_setup, "restart", lambda **environment: found.append(environment))
     return found
 
 
 def test_a_locale_of_another_encoding_starts_the_command_again_in_utf8(restarts, monkeypatch):
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
     monkeypatch.delenv("PYTHONUTF8", raising=False)
-    places.settle_in()
+    process_setup.settle_in()
     assert restarts == [{"PYTHONUTF8": "1"}]
     monkeypatch.setenv("PYTHONUTF8", "1")
     with pytest.raises(click.ClickException, match="start Python without -X utf8=0"):
-        places.settle_in()
+        process_setup.settle_in()
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "utf-8")
-    places.settle_in()
+    process_setup.settle_in()
     assert len(restarts) == 1
 
 
 def test_grug_settles_in_too(monkeypatch):
     settled = []
-    monkeypatch.setattr(places, "settle_in", lambda: settled.append(True))
+    monkeypatch.setattr(process_setup, "settle_in", lambda: settled.append(True))
     CliRunner().invoke(grug_cli.main, ["plot", "--help"])
     assert not settled, "it imports Keras: not where all is as usual"
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
@@ -88,7 +88,7 @@ def test_grug_settles_in_too(monkeypatch):
 def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    places.settle_in()
+    process_setup.settle_in()
     print("2.1 ± 0.1 日 \udce9", flush=True)
     assert raw.getvalue().split() == b"2.1 \\xb1 0.1 \\u65e5 \\udce9".split()
 
@@ -100,9 +100,9 @@ def test_a_user_without_name_and_home_gets_both(monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("HOME", "")
     monkeypatch.setenv("USER", "")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(places.getpass, "getuser", nobody)
+    monkeypatch.setattr(process_setup.getpass, "getuser", nobody)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    places.settle_in()
+    process_setup.settle_in()
     home = pathlib.Path(os.environ["HOME"])
     assert home.is_dir()
     assert home.parent == tmp_path
@@ -128,9 +128,9 @@ def test_without_name_home_or_leave_to_write_nothing_that_is_compiled_is_kept(mo
 
 
 def test_a_folder_that_is_not_utf8_is_named():
-    places.check_utf8("runs/ü", "日")
+    process_setup.check_utf8("runs/ü", "日")
     with pytest.raises(ValueError, match=r"caf\\udce9' is not UTF-8: rename its folder"):
-        places.check_utf8("runs", "caf\udce9")
+        process_setup.check_utf8("runs", "caf\udce9")
 
 
 @pytest.mark.parametrize("system", ["posix", "nt"])
@@ -466,7 +466,7 @@ def test_paths_of_options_are_those_of_the_folder_where_one_types(tmp_path, monk
 
 
 def test_an_output_that_nobody_reads_is_no_failure():
-    from grug_keras.training.places import LastingOutput
+    from grug_keras.training.process_setup import LastingOutput
 
     reader, writer = os.pipe()
     output = LastingOutput(open(writer, "w", encoding="utf-8"))  # noqa: SIM115

@@ -53,6 +53,7 @@ def start(folder, text, count, *options):
     processes = []
     for number in range(count):
         environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+        environment["XLA_FLAGS"] = ""  # as people run them: the fast tests' round otherwise
         if count > 1:
             environment |= {
                 "KERAS_DISTRIBUTION_JOB_ADDRESSES": address,
@@ -175,9 +176,11 @@ def test_a_killed_run_goes_on_elsewhere(tmp_path, text, longer, killed, count, m
     assert statuses == [0] * count, "\n".join(logs)
     _, results, losses = record(tmp_path)
     _, expected, expected_losses = longer
-    # Sums in another order, over 40 steps of Muon: 2e-4. Another batch would be 1e-2 and more.
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-3)
-    assert results["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-3)
+    # Sums in another order, over 40 steps of Muon: 2e-5, at one step 1.7e-4, from before the kill
+    # as after it. Another batch would be 1e-2 and more.
+    np.testing.assert_allclose(losses, expected_losses, rtol=2e-4)
+    assert np.median(np.abs(np.divide(losses, expected_losses) - 1)) < 5e-5
+    assert results["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=2e-4)
     (resumed,) = results["resumed"]
     assert 6 <= resumed < 40
     assert f"continuing after step {resumed} of" in logs[0]

@@ -15,7 +15,7 @@ import time
 import click
 from grug_keras import Block, GrugConfig, Grugformer
 from grug_keras.optimizers.schedule import Trapezoid
-from grug_keras.training import keepsakes
+from grug_keras.training import artifacts
 from grug_keras.training.checkpoints import Checkpoints, state_variables
 import keras
 import numpy as np
@@ -284,8 +284,8 @@ def interrupt(run, step, build_model):
 def test_a_run_for_its_results_has_the_same_numbers_and_leaves_nothing_else(
     tmp_path, tiny_model, monkeypatch
 ):
-    monkeypatch.setattr(keepsakes, "sample_validation", lambda *_: {"prompt": "", "text": ""})
-    monkeypatch.setattr(keepsakes, "score_interval", lambda *_: None)
+    monkeypatch.setattr(artifacts, "sample_validation", lambda *_: {"prompt": "", "text": ""})
+    monkeypatch.setattr(artifacts, "score_interval", lambda *_: None)
     runs = [run_of(tmp_path / name, results_only=name == "lean") for name in ("whole", "lean")]
     assert [run(tiny_model, adamw) for run in runs] == [0, 0]
     whole, lean = (run.folder for run in runs)
@@ -323,8 +323,8 @@ def test_a_run_that_failed_is_continued_to_the_bit_and_only_as_itself(
     tmp_path, tiny_model, monkeypatch
 ):
     # Sampling compiles for seconds: the killed runs below compare their samples.
-    monkeypatch.setattr(keepsakes, "sample_validation", lambda *_: {"prompt": "", "text": ""})
-    monkeypatch.setattr(keepsakes, "score_interval", lambda *_: None)
+    monkeypatch.setattr(artifacts, "sample_validation", lambda *_: {"prompt": "", "text": ""})
+    monkeypatch.setattr(artifacts, "score_interval", lambda *_: None)
     whole = run_of(tmp_path / "whole")
     assert whole(tiny_model, adamw) == 0
     folder = interrupt(run_of(tmp_path / "failed"), 9, tiny_model)

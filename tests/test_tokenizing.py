@@ -17,7 +17,7 @@ from grug_keras.data import (
     load_data,
     token_parts,
     tokenize,
-    tokenized,
+    tokenized_pieces,
     train_bpe,
 )
 from grug_keras.data.reading import Reading
@@ -217,13 +217,13 @@ def test_an_interrupt_loses_at_most_what_is_in_work(jsonl, uninterrupted, tmp_pa
 def small_blocks(monkeypatch):
     """Several blocks for each machine; returns the names of the pieces that are tokenized."""
     monkeypatch.setattr(token_parts, "_BLOCK_BYTES", 1500)
-    encode, names = tokenized._encode, []
+    encode, names = tokenized_pieces._encode, []
 
     def watched(batch, tokenizer):
         names.extend(piece.name for piece in batch)
         return encode(batch, tokenizer)
 
-    monkeypatch.setattr(tokenized, "_encode", watched)
+    monkeypatch.setattr(tokenized_pieces, "_encode", watched)
     return names
 
 
@@ -367,7 +367,7 @@ def test_a_tokenizer_file_that_has_changed_is_refused(jsonl, tmp_path):
 
 def test_text_is_read_only_a_little_ahead(monkeypatch):
     """And the tokenizer is told where documents start."""
-    monkeypatch.setattr(tokenized, "_PENDING_BYTES", 5_000_000)
+    monkeypatch.setattr(tokenized_pieces, "_PENDING_BYTES", 5_000_000)
     read, told = [], []
 
     def pieces():
@@ -382,7 +382,7 @@ def test_text_is_read_only_a_little_ahead(monkeypatch):
         return [np.zeros(1, dtype=np.int32) for _ in texts]
 
     tokenizer = types.SimpleNamespace(vocab_size=7, encode_batch=encode_batch)
-    done = tokenized.tokenized(pieces(), tokenizer)
+    done = tokenized_pieces.tokenized(pieces(), tokenizer)
     next(done)
     assert len(read) <= 4
     assert sum(map(len, done)) == 99

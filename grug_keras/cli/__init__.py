@@ -26,7 +26,7 @@ class OneLineErrors(click.Group):
         encodings = (sys.getfilesystemencoding(), getattr(sys.stdout, "encoding", "utf-8"))
         is_usual = all(encoding.lower() == "utf-8" for encoding in encodings)
         if not is_usual or os.path.expanduser("~") == "~":
-            from grug_keras.training.places import settle_in
+            from grug_keras.training.process_setup import settle_in
 
             settle_in()
         try:

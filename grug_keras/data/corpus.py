@@ -3,8 +3,9 @@
 import dataclasses
 import logging
 
+from grug_keras.data.find_source import open_source
 from grug_keras.data.python_stdlib import fingerprint
-from grug_keras.data.sources import open_source
+from grug_keras.data.source import Source
 from grug_keras.data.utf8 import cut_text
 
 logger = logging.getLogger("grug_keras.data")
@@ -76,7 +77,7 @@ def load_corpus(data="python_stdlib", max_bytes=None, reading=None):
     >>> corpus = load_corpus("python_stdlib")
     >>> len(corpus.validation_slice(2**19))
     """
-    source = open_source(data, reading) if isinstance(data, str) else data
+    source = data if isinstance(data, Source) else open_source(data, reading)
     max_bytes = MAX_BYTES if max_bytes is None else max_bytes
     too_large = TooLargeError(
         f"data={source.name!r} is larger than {max_bytes / 1e6:.0f} MB: `grug tokenize` takes it"

@@ -6,7 +6,7 @@ import logging
 import os
 import pathlib
 
-from grug_keras.data.publish import publish
+from grug_keras.data.files import publish
 from grug_keras.data.token_files import ShardedTokens
 from grug_keras.data.user_cache import user_cache
 import numpy as np

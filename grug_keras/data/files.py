@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import uuid
 
 logger = logging.getLogger("grug_keras.data")
 
@@ -23,7 +24,26 @@ def write_atomically(path, write):
         write: function of a temporary `pathlib.Path`, which writes the content there.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    _write_beside(path, path.with_name(f".{path.stem}.partial{path.suffix}"), write)
+
+
+def publish(path, write):
+    """Writes a file atomically that several processes may write at once, all with one content.
+
+    Args:
+        path: path of the file.
+        write: function of an open binary file, which writes the content there.
+    """
+
+    def write_file(temporary):
+        with open(temporary, "xb") as file:
+            write(file)
+
+    path = pathlib.Path(path)
+    _write_beside(path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial"), write_file)
+
+
+def _write_beside(path, temporary, write):
     try:
         write(temporary)
         with open(temporary, "rb+") as file:

@@ -12,7 +12,7 @@ from grug_keras.data.byte_exact_tokenizer import (
     logger,
 )
 from grug_keras.data.files import write_atomically
-from grug_keras.data.tokenizer_json import lossless, named_start, spellings, with_start
+from grug_keras.data.lossless_tokenizer import lossless, named_start, spellings, with_start
 from grug_keras.data.utf8 import cut_in_parts
 
 TRAINED_START = "<|endoftext|>"  # of a BPE that is trained here

@@ -8,6 +8,7 @@ import os
 import numpy as np
 
 _ONE = 2**40  # weights are fractions of it
+_LEAST = 1e-9  # of a weight: less would be rounded away
 _STEP = 679_535_556_991  # odd, and _ONE times the golden ratio's fraction: rows spread evenly
 
 
@@ -177,6 +178,9 @@ def _weights(argument, text):
             raise ValueError(f"{argument}={text!r} names {name!r} twice")
         weights[name] = number
     total = math.fsum(weights.values())
+    for name, weight in weights.items():
+        if weight < _LEAST * total:
+            raise ValueError(f"{argument}={text!r}: the share of {name!r} is less than {_LEAST}")
     return {name: weight / total for name, weight in weights.items()}
 
 

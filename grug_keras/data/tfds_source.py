@@ -1,6 +1,6 @@
 """Corpora read through TensorFlow Datasets (TFDS): the embedded one, and any with a text feature.
 
-This module imports TFDS; `sources.py` imports it only where a TFDS dataset is asked for. TFDS
+This module imports TFDS; `find_source.py` imports it only where a TFDS dataset is asked for. TFDS
 in turn imports TensorFlow where it needs it.
 """
 

@@ -3,6 +3,7 @@
 Both are kept in the user's cache folder.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -30,12 +31,13 @@ def tokenized_once(source, tokenizer):
         ValueError: as `tokenize`, or if there is no such folder.
     """
     path = pathlib.Path(source.name).expanduser()
-    place = str(path.resolve()) if path.exists() else source.name
+    # However the path is spelled, it is one corpus.
+    placed = dataclasses.replace(source, name=str(path.resolve()) if path.exists() else source.name)
     known = [tokenizer.sha256 or tokenizer.name, tokenizer.bos_id]
-    folder = _folder(source.name) / _hash([SCHEMA, place, source.identity, *known])
+    folder = _folder(source.name) / _hash([SCHEMA, placed.name, source.identity, *known])
     if not (folder / "dataset.json").exists():
         logger.info("data=%r is too large for memory: tokenized once, to %s", source.name, folder)
-    made = tokenize(source, tokenizer, folder, progress=sys.stderr.isatty(), wait=True)
+    made = tokenize(placed, tokenizer, folder, progress=sys.stderr.isatty(), wait=True)
     for note in made["notes"]:
         logger.warning(note)
     found = TokenFolder(source.name, folder, sorted(folder.glob("*.bin")))

@@ -4,15 +4,16 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from typing import Any
 
 from grug_keras.data.batches import TokenBatches, token_stream
 from grug_keras.data.corpus import Corpus, TooLargeError, load_corpus
+from grug_keras.data.find_source import open_source
 from grug_keras.data.mixed_batches import MixedBatches
 from grug_keras.data.mixture import Mixture, parse_mixture
 from grug_keras.data.reading import Reading
 from grug_keras.data.source import Source
-from grug_keras.data.sources import open_source
 from grug_keras.data.token_cache import tokenized_once, trained_once
 from grug_keras.data.token_folder import TokenFolder, find_tokens
 from grug_keras.data.tokenizer import load_tokenizer
@@ -166,6 +167,7 @@ def load_data(
         ValueError: if the data or the tokenizer is missing or bad, or they do not belong
             together.
     """
+    data = os.fspath(data)
     reading, mixture = reading or Reading(), parse_mixture(data, mixture_at)
     items = _open(mixture.names if mixture else (data,), reading)
     made = _tokenizer_of(data, items, tokenizer, document_start)

@@ -7,9 +7,9 @@ import json
 import shutil
 
 from grug_keras.data.dataset_writer import DatasetWriter, check_room, difference
-from grug_keras.data.publish import publish
+from grug_keras.data.files import publish
 from grug_keras.data.token_files import token_dtype
-from grug_keras.data.tokenized import TokenizedPiece, tokenized
+from grug_keras.data.tokenized_pieces import TokenizedPiece, tokenized
 import numpy as np
 
 _BLOCK_BYTES = 2**26  # of text

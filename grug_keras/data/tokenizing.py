@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import shutil
@@ -9,10 +10,11 @@ import time
 
 from grug_keras.data.dataset_writer import DatasetWriter, difference, first_state
 from grug_keras.data.files import take_lock, write_json
+from grug_keras.data.find_source import open_source
 from grug_keras.data.reading import Reading
-from grug_keras.data.sources import open_source
+from grug_keras.data.source import Source
 from grug_keras.data.token_parts import TokenParts
-from grug_keras.data.tokenized import tokenized
+from grug_keras.data.tokenized_pieces import tokenized
 from grug_keras.data.tokenizer import load_tokenizer
 
 SHARD_TOKENS = 10**8  # as modded-nanogpt
@@ -72,10 +74,10 @@ def tokenize(
         raise ValueError(f"shard must be i/n with i from 1 to n, got {shard[0]}/{shard[1]}")
     out, reading = pathlib.Path(out), reading or Reading()
     given = tokenizer if hasattr(tokenizer, "encode_batch") else None
-    source = open_source(data, reading) if isinstance(data, str) else data
+    source = data if isinstance(data, Source) else open_source(data, reading)
     request = {
         "schema": SCHEMA,
-        "data": data if isinstance(data, str) else None,  # then its identity says all
+        "data": source.name,
         "reading": dataclasses.asdict(source.reading),
         "identity": source.identity,
         "tokenizer": str(given.sha256 or given.name if given else tokenizer),
@@ -182,8 +184,8 @@ def _tokenize_all(source, request, given, out, progress):
         return state
     with DatasetWriter(out, tokenizer, state) as writer:
         pieces = _with_progress_bar(source, progress)
-        for _ in zip(range(state["pieces"]), pieces, strict=False):
-            pass  # done by a former call
+        done = state["pieces"]  # by a former call
+        next(itertools.islice(pieces, done, done), None)
         for batch in tokenized(pieces, tokenizer):
             writer.add(batch)
         return writer.finish(source.notes())

@@ -17,7 +17,7 @@ from grug_keras.data.quiet import quiet
 from grug_keras.memory import keep_memory
 from grug_keras.training.compile_cache import keep_compiled
 from grug_keras.training.options import chosen, command_line
-from grug_keras.training.places import check_utf8, settle_in
+from grug_keras.training.process_setup import check_utf8, settle_in
 from grug_keras.training.restart import restart_with
 from grug_keras.training.run import Run
 from grug_keras.training.startup import compiled_programs

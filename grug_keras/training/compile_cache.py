@@ -4,6 +4,7 @@ import os
 import pathlib
 import tempfile
 
+from grug_keras.data.user_cache import user_cache
 from grug_keras.training.processor import processor
 
 MOST_BYTES = 4 * 2**30
@@ -53,5 +54,4 @@ def _check_writable(folder):
 
 def cache_folder():
     """Returns the path of this machine's folder in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()
-    return pathlib.Path(base) / "grug_keras" / "compiled" / processor()
+    return user_cache() / "compiled" / processor()

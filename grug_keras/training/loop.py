@@ -7,8 +7,8 @@ from typing import Any
 
 from grug_keras.data import TokenBatches, TokenData
 from grug_keras.training.checkpoints import Checkpoints
-from grug_keras.training.clock import HaltByTime
 from grug_keras.training.folder import RunFolder
+from grug_keras.training.halt_by_time import HaltByTime
 from grug_keras.training.meter import Meter
 from grug_keras.training.options import RunOptions
 from grug_keras.training.profile import Profile

@@ -13,12 +13,12 @@ from grug_keras.data import TokenBatches
 from grug_keras.metrics import NORMS, metric_results
 from grug_keras.optimizers import role_in, set_weight_decay
 from grug_keras.tpu.flops import peak_flops
+from grug_keras.training.artifacts import write_artifacts
 from grug_keras.training.checkpoint_stores import one_line
 from grug_keras.training.checkpoints import Checkpoints
 from grug_keras.training.continuation import Continuation
 from grug_keras.training.initial_values import initial_values_by_path
 from grug_keras.training.interrupts import StopOnInterrupt
-from grug_keras.training.keepsakes import leave_keepsakes
 from grug_keras.training.loop import TrainingLoop
 from grug_keras.training.memory_use import (
     check_memory,
@@ -234,7 +234,7 @@ class Run:
             if record.status in ("finished", "diverged"):  # no run goes on from there
                 shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
             return
-        leave_keepsakes(self, record, loop.model)
+        write_artifacts(self, record, loop.model)
         record.total_seconds = round(time.perf_counter() - begin, 1)
         record.save_if_there_is_room(self.folder.results)
 

@@ -10,9 +10,9 @@ PARTS = ("core", "ops", "optimizers", "distribution", "data", "training")
 NO_NUMBERS = (
     "document_scores.py",
     "git.py",
-    "keepsakes.py",
+    "artifacts.py",
     "memory_use.py",
-    "places.py",
+    "process_setup.py",
     "plots.py",
     "profile.py",
     "report.py",

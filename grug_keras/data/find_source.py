@@ -11,8 +11,8 @@ def open_source(data, reading=None, before=()):
     """Finds a corpus by its name or path.
 
     Args:
-        data: str. `"python_stdlib"` (no network); a file or a folder of text, JSON (`.jsonl`,
-            `.ndjson`, `.json`), Parquet or Arrow, each also compressed; or the name of a
+        data: str or path. `"python_stdlib"` (no network); a file or a folder of text, JSON
+            (`.jsonl`, `.ndjson`, `.json`), Parquet or Arrow, each also compressed; or the name of a
             TensorFlow dataset with a text feature (`tiny_shakespeare`, `lm1b`, ...). Records
             have their text in the field `text`, or in the only string field.
         reading: `Reading`, how text is read; None is its defaults.
@@ -24,6 +24,7 @@ def open_source(data, reading=None, before=()):
     Raises:
         ValueError: if there is no such corpus, or it cannot be downloaded.
     """
+    data = os.fspath(data)
     if not data:
         raise ValueError("data must name a file, a folder or a dataset, got ''")
     reading = reading or Reading()

@@ -17,7 +17,7 @@ from grug_keras.training.sampling import sample_validation
 logger = logging.getLogger("grug_keras.training")
 
 
-def leave_keepsakes(run, record, model):
+def write_artifacts(run, record, model):
     """Writes the model and draws the curve of a run; samples from one that is finished.
 
     A failure is a warning in the log. That of the model is in the record too: users rely on it.

@@ -73,6 +73,8 @@ class CausalSelfAttention(GrugLayer):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.rotate(q, k, positions, mask)
+        if (cache := getattr(mask, "cache", None)) is not None:  # while text is generated
+            k, v, mask = cache.update(k, v, mask)
         return self.attend(q, k, v, mask)
 
     def project(self, x):
@@ -97,15 +99,17 @@ class CausalSelfAttention(GrugLayer):
         bound = None
         if positions is None:
             bound = self.config.max_seq_len
-            length = q.shape[1]
-            # NumPy positions become constants; TensorFlow may not know the length yet.
-            positions = (
-                keras.ops.arange(keras.ops.shape(q)[1]) if length is None else np.arange(length)
-            )
+            length = keras.ops.shape(q)[1]
+            # NumPy positions become constants; a program for any length does not know it yet.
+            is_known = isinstance(length, int)
+            positions = np.arange(length) if is_known else keras.ops.arange(length, dtype="int32")
             if getattr(mask, "segment_ids", None) is not None:
                 positions = ops.document_positions(mask.segment_ids[0])
-        options = {"theta": self.config.rope_theta, "num_positions": bound}
-        return tuple(ops.rotary_embedding(t, positions, **options) for t in (q, k))
+        config = self.config
+        options = {"theta": config.rope_theta, "scaling": config.rope_scaling}
+        return tuple(
+            ops.rotary_embedding(t, positions, num_positions=bound, **options) for t in (q, k)
+        )
 
     def attend(self, q, k, v, mask):
         """Mixes values across positions; the place to try a change.

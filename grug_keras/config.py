@@ -3,6 +3,8 @@
 import dataclasses
 from numbers import Integral, Real
 
+from grug_keras.ops import RopeScaling
+
 REMAT = ("none", "dots", "full")
 
 
@@ -21,11 +23,14 @@ class GrugConfig:
             `hidden_dim` of a finished config, pass `head_dim=None` along.
         max_seq_len: int. Longest sequence the model accepts.
         rope_theta: float. Base wavelength of the rotary embedding.
+        rope_scaling: `ops.RopeScaling`, or its fields as a dict, or None. What stretches the
+            wavelengths of a model that was taken to longer texts, as Llama 3.1 was.
         rms_norm_eps: float. Added to the mean square in every RMS norm.
         qk_norm: bool. RMS-normalise queries and keys per head (as Qwen3), or not (as Llama).
         sliding_window: int or None. A token sees the last `sliding_window` tokens, itself
             included. Or a tuple of them: a pattern by layer, repeated over the depth, such as
             `(512, 512, 512, None)`; its length divides `num_layers`.
+        tie_embeddings: bool. The head's matrix is the transposed embedding table, one weight.
         initializer_std: float. Standard deviation of the truncated normal that every matrix
             starts from.
         remat: str. What the backward pass computes again instead of keeping it: `"none"`;
@@ -50,9 +55,11 @@ class GrugConfig:
     head_dim: int | None = None
     max_seq_len: int = 2048
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
     qk_norm: bool = False
     sliding_window: int | tuple[int | None, ...] | None = None
+    tie_embeddings: bool = False
     initializer_std: float = 0.02
     remat: str = "none"
 
@@ -63,8 +70,10 @@ class GrugConfig:
         for name in ("rope_theta", "rms_norm_eps", "initializer_std"):
             self._require_positive(name, Real)
         self._check_windows()
-        if not isinstance(self.qk_norm, bool):
-            raise ValueError(f"qk_norm must be True or False, got {self.qk_norm!r}")
+        self._check_scaling()
+        for name in ("qk_norm", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if isinstance(self.remat, bool):  # as configurations saved it once
             object.__setattr__(self, "remat", "full" if self.remat else "none")
         if self.remat not in REMAT:
@@ -102,6 +111,17 @@ class GrugConfig:
         )
         object.__setattr__(self, "sliding_window", checked if pattern is windows else checked[0])
 
+    def _check_scaling(self):
+        """Makes the fields of `rope_scaling` that JSON holds a `RopeScaling` again."""
+        scaling = self.rope_scaling
+        known = {field.name for field in dataclasses.fields(RopeScaling)}
+        if isinstance(scaling, dict) and "factor" in scaling and set(scaling) <= known:
+            object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
+        elif not isinstance(scaling, RopeScaling | None):
+            raise ValueError(
+                f"rope_scaling must be a RopeScaling, its fields or None, got {scaling!r}"
+            )
+
     def at_layer(self, index):
         """Returns the configuration of one block: that of the model, with the block's own window.
 
@@ -115,7 +135,7 @@ class GrugConfig:
 
     def as_dict(self):
         """Returns the fields as plain JSON values: what `GrugConfig.of` reads."""
-        fields = vars(self).items()
+        fields = dataclasses.asdict(self).items()
         return {name: list(v) if isinstance(v, tuple) else v for name, v in fields}
 
     @classmethod

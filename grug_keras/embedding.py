@@ -21,10 +21,12 @@ class TokenEmbedding(keras.layers.Embedding):
 
 @keras.saving.register_keras_serializable(package="grug_keras")
 class LMHead(GrugLayer):
-    """Projects hidden states to logits; holds the `(D, V)` kernel that the fused loss reads.
+    """Projects hidden states to logits; its `kernel` `(D, V)` is what the fused loss reads.
 
     Args:
         config: `GrugConfig`.
+        table: function that returns the embedding table `(V, D)`, with `config.tie_embeddings`:
+            the head has no weight then. (A layer held here would be saved and counted twice.)
 
     Call arguments:
         hidden: float tensor `(..., D)`.
@@ -33,8 +35,18 @@ class LMHead(GrugLayer):
         Float tensor `(..., V)`.
     """
 
+    def __init__(self, config, table=None, **kwargs):
+        super().__init__(config, **kwargs)
+        self._table = table
+
+    @property
+    def kernel(self):
+        return self._kernel if self._table is None else keras.ops.transpose(self._table())
+
     def build(self, input_shape):
-        self.kernel = self.add_weight(
+        if self._table is not None:
+            return
+        self._kernel = self.add_weight(
             name="kernel",
             shape=(self.config.hidden_dim, self.config.vocab_size),
             initializer=initializer(self.config),

@@ -32,6 +32,7 @@ class Grugformer(NextTokenModel):
         inputs: int tensor `(B, S)` of token ids, or a dict of `token_ids` and, for packed
             documents, `segment_ids` `(B, S)` (0 is padding, 1.. are documents) and
             `positions` `(B, S)` (default: restart at 0 in each document).
+        cache: `generation.KeyValueCache` or None; see `generate`.
 
     Returns:
         Float tensor `(B, S, D)`.
@@ -66,7 +67,8 @@ class Grugformer(NextTokenModel):
         self.final_norm = keras.layers.RMSNormalization(
             epsilon=config.rms_norm_eps, name="final_norm", dtype=self.dtype_policy
         )
-        self.lm_head = LMHead(config, name="lm_head", dtype=self.dtype_policy)
+        table = (lambda: self.token_embedding.embeddings) if config.tie_embeddings else None
+        self.lm_head = LMHead(config, table, name="lm_head", dtype=self.dtype_policy)
 
     def make_block(self, index):
         """Makes one block; the place to try a change by depth.
@@ -96,13 +98,15 @@ class Grugformer(NextTokenModel):
         check_ids(self.config, "token_ids", token_ids)
         return super().__call__(inputs, **kwargs)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, training=None, cache=None):
         token_ids, segment_ids, positions = unpack_inputs(self.config, inputs)
         x = split_batch(self.token_embedding(token_ids))
         common = {"positions": positions}
         if training is not None:
             common["training"] = training  # the backward pass of remat runs out of this call
         masks = self._masks(segment_ids)
+        if cache is not None:
+            masks = [cache.behind(mask) for mask in masks]
         calls = [
             (block, {**common, "attention_mask": mask})
             for block, mask in zip(self.blocks, masks, strict=True)
@@ -111,7 +115,8 @@ class Grugformer(NextTokenModel):
 
         def run(x, start=0, stop=None, **extra):
             chosen = [(block, {**arguments, **extra}) for block, arguments in calls[start:stop]]
-            return run_blocks(chosen, x, self.config.remat, everything)
+            remat = "none" if cache is not None else self.config.remat  # there is no backward pass
+            return run_blocks(chosen, x, remat, everything)
 
         inputs = {"token_ids": token_ids, "segment_ids": segment_ids, "positions": positions}
         y = self.trunk(x, inputs, run)
@@ -149,7 +154,7 @@ class Grugformer(NextTokenModel):
         configs = [getattr(block, "config", self.config) for block in self.blocks]
         return [config.at_layer(i).sliding_window for i, config in enumerate(configs)]
 
-    def compute_output_spec(self, inputs, training=None):
+    def compute_output_spec(self, inputs, training=None, cache=None):
         """Shape and dtype of a symbolic call, without tracing one with a made-up length."""
         token_ids, *_ = unpack_inputs(self.config, inputs)
         shape = (*token_ids.shape, self.config.hidden_dim)
@@ -196,9 +201,81 @@ class Grugformer(NextTokenModel):
         wanted = "accuracy" in self.offered
         return next_token_loss(hidden, self.lm_head.kernel, labels, weights, return_accuracy=wanted)
 
+    def generate(
+        self, prompts, max_new_tokens, *, sampler="greedy", stop=None, seed=0, vocab_size=None
+    ):
+        """Continues prompts token by token, with a cache of keys and values.
+
+        Compiled once for each bucket of shapes. A changed block whose numbers a cache does not
+        give runs whole for each token, which a warning says.
+
+        Args:
+            prompts: list of rows of token ids, of unequal lengths, or an int array `(B, S)`.
+            max_new_tokens: int, the most to add to each.
+            sampler: `keras_hub.samplers.Sampler`, or `"greedy"`, `"top_k"`, `"top_p"`,
+                `"random"` or `"beam"`, with KerasHub's defaults.
+            stop: int or list of int, ids that end a row.
+            seed: int, of the sampler.
+            vocab_size: int or None, the ids that may be drawn: those from the tokenizer's size
+                on pad the head to a round size. Defaults to all.
+
+        Returns:
+            List of int32 arrays, the new tokens of each row up to a stop token, which is left out.
+
+        Raises:
+            ValueError: names the argument, and the row, that does not fit.
+
+        Example:
+
+        >>> model.generate([[256, 72, 105]], 20, sampler="top_p", stop=256)
+        """
+        from grug_keras.generation import generate  # imports KerasHub's samplers, which takes long
+
+        options = {"sampler": sampler, "stop": stop, "seed": seed, "vocab_size": vocab_size}
+        return generate(self, prompts, max_new_tokens, **options)
+
+    def score(self, tokens):
+        """Returns the log-likelihood of each token, given those before it.
+
+        Args:
+            tokens: int array `(B, S)`, or a list of rows of token ids, of unequal lengths.
+
+        Returns:
+            Float32 array `(B, S - 1)` in nats: of all tokens but the first. Of a list, a list of
+            such rows.
+
+        Raises:
+            ValueError: names the row that does not fit.
+        """
+        from grug_keras.generation import score
+
+        return score(self, tokens)
+
+    @classmethod
+    def from_hf(cls, folder, **kwargs):
+        """Makes a model from a folder of Hugging Face: a Llama, a Qwen3 or a Mistral.
+
+        Args:
+            folder: path of a folder with `config.json` and safetensors.
+            **kwargs: of the class, such as `block_class` and `dtype`. Weights that the folder
+                does not have, as a changed block's own, keep their initial values.
+
+        Raises:
+            ValueError: names the file or the field that is missing, broken or not supported.
+        """
+        from grug_keras.hf import load_model
+
+        return load_model(folder, lambda config: cls(config, **kwargs))
+
     def get_config(self):
-        return {
+        config = {
             **super().get_config(),
             "config": self.config.as_dict(),
             "block_class": keras.saving.get_registered_name(self.block_class),
         }
+        # Else `load_model` would make float layers for the integers of a quantized model.
+        if quantized := [layer for layer in self._flatten_layers() if layer.quantization_mode]:
+            policies = {layer.path: layer.dtype_policy for layer in quantized}
+            policy = keras.dtype_policies.DTypePolicyMap(self.dtype_policy, policies)
+            config["dtype"] = keras.dtype_policies.serialize(policy)
+        return config

@@ -130,6 +130,15 @@ class NextTokenModel(keras.Model):
     def predict_on_batch(self, x):
         return super().predict_on_batch(check_inputs(self.config, x))
 
+    def export(self, filepath, *args, **kwargs):
+        """Exports next-token logits; arguments as of `keras.Model.export`.
+
+        What is written is run and compared with `logits` before it gets its name.
+        """
+        from grug_keras.export import export_model
+
+        export_model(self, filepath, *args, **kwargs)
+
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         self._check_trains("train_on_batch")
         check_class_weight(class_weight)

@@ -8,7 +8,7 @@ import math
 from numbers import Real
 
 from grug_keras.ops import attention_dispatch, registry
-from grug_keras.ops.attention_mask import has_documents, is_dense
+from grug_keras.ops.attention_mask import has_documents, has_offset, is_dense
 from keras import ops
 
 
@@ -41,6 +41,9 @@ def attention(
             backend and the device (`attention_dispatch.py`). `"reference"` holds all logits;
             it runs up to 256 positions and in float64. The others take O(S) memory and skip
             blocks that causality, the window or the documents rule out:
+
+            A mask with a `query_offset` is the reference's alone: what it is for, one query for
+            each row, holds few logits.
 
             - `"splash"`: JAX's kernel for TPUs; bfloat16 or float32, no dense mask.
             - `"cudnn"`: on NVIDIA GPUs through JAX, Ampere or later; float16 or bfloat16, no soft
@@ -84,6 +87,11 @@ def attention(
         key, value = _zero_padding(key, key_ids), _zero_padding(value, key_ids)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     logit_soft_cap = None if logit_soft_cap is None else float(logit_soft_cap)
+    if has_offset(mask) and implementation not in (None, "reference"):
+        raise ValueError(
+            f"implementation={implementation!r} does not take a mask with a query_offset: "
+            "'reference' does"
+        )
     if implementation is None:
         run = attention_dispatch.choose(query, key, value, mask, sinks, logit_soft_cap)
     else:

@@ -5,7 +5,7 @@ A call with `implementation="..."` gets what the registry has under that name.
 """
 
 from grug_keras.ops import registry
-from grug_keras.ops.attention_mask import has_documents, is_dense
+from grug_keras.ops.attention_mask import has_documents, has_offset, is_dense
 from grug_keras.ops.attention_reference import reference_attention
 import keras
 from keras import ops
@@ -64,9 +64,13 @@ def choose(query, key, value, mask, sinks, logit_soft_cap):
         Function of `(query, key, value, mask, *, sinks, logit_soft_cap, scale)`.
     """
     call = (query, key, value, mask, sinks, logit_soft_cap)
+    if registry.kernels_are_off():
+        return reference_attention
     short = all(n is not None and n <= DENSE_LENGTH for n in (query.shape[1], key.shape[1]))
     # Blocks are added up in float32: they would round float64.
     wide = "float64" in [ops.dtype(x) for x in (query, key, value)]
+    if has_offset(mask):
+        return reference_attention  # by far most calls are one query for each row
     if short or wide or BACKEND not in registry.BACKENDS:
         run, when = reference_attention, f"'reference' up to {DENSE_LENGTH} positions"
     elif BACKEND == "jax":

@@ -13,7 +13,8 @@ import numpy as np
 class AttentionMask:
     """Which keys a query may attend to, described by rules rather than by an `(S, T)` array.
 
-    A query sees a key if every rule allows it. Query and key positions both count from 0.
+    A query sees a key if every rule allows it. Key positions count from 0, those of queries from
+    `query_offset`.
 
     Args:
         is_causal: bool. A query sees keys at its own position and before.
@@ -24,11 +25,14 @@ class AttentionMask:
             0 is padding, 1.. are documents. A query sees only keys of its own document;
             padding sees nothing, is seen by nothing, and yields exact zeros.
 
+        query_offset: int >= 0, or int tensor of shape `()` or `(B,)`: the position of the first
+            query, by row. A token that is decoded is one query after the keys of a cache.
+
     Attributes:
         plan: None, or which blocks a kernel visits, made by `ops.plan_documents`.
 
     Raises:
-        ValueError: for a window below 1, or segment ids that are not 2-D integers.
+        ValueError: for a window below 1, segment ids that are not 2-D integers, or such an offset.
 
     Example:
 
@@ -39,6 +43,7 @@ class AttentionMask:
     is_causal: bool = True
     sliding_window: int | None = None
     segment_ids: Any = None
+    query_offset: Any = 0
     # `dataclasses.replace` leaves it out, so that no plan outlives the rules that it is made of.
     plan: Any = dataclasses.field(default=None, init=False, repr=False)
 
@@ -50,6 +55,7 @@ class AttentionMask:
             raise ValueError(f"sliding_window must be an int or None, got {window!r}")
         if window is not None and window < 1:
             raise ValueError(f"sliding_window must be at least 1, got {window}")
+        _check_offset(self.query_offset)
         if self.segment_ids is None:
             return
         pair = self.segment_ids
@@ -88,9 +94,12 @@ class AttentionMask:
             kv_len: int, T.
 
         Returns:
-            Bool tensor `(B, S, T)` with segment ids, else `(S, T)`.
+            Bool tensor `(B, S, T)` with segment ids or an offset by row, else `(S, T)`.
         """
         query = ops.arange(q_len)[:, None]
+        if has_offset(self):
+            offset = ops.cast(self.query_offset, "int32")
+            query = query + (offset if len(offset.shape) == 0 else offset[:, None, None])
         key = ops.arange(kv_len)[None, :]
         allowed = ops.ones((q_len, kv_len), dtype="bool")
         if self.is_causal:
@@ -124,6 +133,25 @@ def is_dense(mask):
 def has_documents(mask):
     """Returns whether a mask is an `AttentionMask` with segment ids."""
     return isinstance(mask, AttentionMask) and mask.segment_ids is not None
+
+
+def has_offset(mask):
+    """Returns whether a mask is an `AttentionMask` whose queries do not start at 0."""
+    if not isinstance(mask, AttentionMask):
+        return False
+    return not isinstance(mask.query_offset, Integral) or mask.query_offset != 0
+
+
+def _check_offset(offset):
+    is_int = isinstance(offset, Integral) and not isinstance(offset, bool)
+    shape = getattr(offset, "shape", None)
+    if is_int and offset >= 0:
+        return
+    if is_int or shape is None or len(shape) > 1 or "int" not in ops.dtype(offset):
+        raise ValueError(
+            "query_offset must be an int of 0 or more, or an int tensor of shape () or (B,), "
+            f"got {offset!r}"
+        )
 
 
 def _as_segment_ids(ids):

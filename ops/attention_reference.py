@@ -18,7 +18,12 @@ def reference_attention(query, key, value, mask, *, sinks, logit_soft_cap, scale
     q = _heads_first(ops.cast(query, compute) * scale, (B, K, G * S, H))
     k = _heads_first(ops.cast(key, compute), (B, K, T, H))
     v = _heads_first(ops.cast(value, compute), (B, K, T, H))
-    logits = ops.reshape(ops.matmul(q, ops.swapaxes(k, -1, -2)), (B, K, G, S, T))
+    # A token that is decoded: the keys of its cache are read as they lie.
+    if isinstance(S, int) and S == 1:
+        logits = ops.swapaxes(ops.matmul(k, ops.swapaxes(q, -1, -2)), -1, -2)
+    else:
+        logits = ops.matmul(q, ops.swapaxes(k, -1, -2))
+    logits = ops.reshape(logits, (B, K, G, S, T))
     if logit_soft_cap is not None:
         logits = logit_soft_cap * ops.tanh(logits / logit_soft_cap)
     allowed = _dense_mask(mask, S, T)

@@ -1,6 +1,7 @@
 """The implementations of each op: which exist, which can run here, and the choice by name."""
 
 from collections.abc import Callable
+import contextlib
 import functools
 import logging
 from typing import NamedTuple
@@ -33,6 +34,7 @@ class _Implementation(NamedTuple):
         return self.why_not() or "available"
 
 
+_without_kernels = False
 _REGISTRY = {}  # op name -> {implementation name: _Implementation}
 
 
@@ -89,6 +91,31 @@ def choose(op, implementation):
     if status != "available":
         raise ValueError(f"implementation={implementation!r} cannot run here: {status}")
     return known[implementation].function
+
+
+@contextlib.contextmanager
+def without_kernels():
+    """Makes attention the reference, in operations that every runtime has, for any length.
+
+    For programs that run elsewhere: what is traced meanwhile holds no kernel of a device. A call
+    that names its implementation gets that one all the same.
+
+    Example:
+
+    >>> with ops.without_kernels():
+    ...     program = jax.export.export(jax.jit(model.logits))(token_ids)
+    """
+    global _without_kernels
+    before, _without_kernels = _without_kernels, True
+    try:
+        yield
+    finally:
+        _without_kernels = before
+
+
+def kernels_are_off():
+    """Returns whether `without_kernels` is in force."""
+    return _without_kernels
 
 
 def announce(op, what):

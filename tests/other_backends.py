@@ -16,12 +16,17 @@ FILES = [
     "test_block_contract.py",
     "test_depth.py",
     "test_document_scores.py",
+    "test_evaluation.py",
+    "test_export.py",
     "test_fused_loss_tensorflow.py",
     "test_fused_loss_torch.py",
+    "test_generation.py",
     "test_grugformer_attention.py",
     "test_grugformer_core.py",
     "test_grugformer_fused_loss.py",
     "test_grugformer_model_loss.py",
+    "test_hf.py",
+    "test_hub.py",
     "test_initial_values.py",
     "test_inputs.py",
     "test_keras_features.py",
@@ -33,6 +38,7 @@ FILES = [
     "test_speedruns.py",
     "test_stack.py",
     "test_train_step.py",
+    "test_trained.py",
 ]
 
 

@@ -25,7 +25,7 @@ class Letters:
     def encode(self, text):
         return [self.letters.index(byte) for byte in text]
 
-    def decode(self, tokens):
+    def decode(self, tokens, starts=True):
         return bytes(self.letters[token] for token in tokens)
 
 
@@ -37,7 +37,7 @@ class Prefixed:
     def encode(self, text):
         return list((" " + text.decode()).replace(" ", "▁").encode())
 
-    def decode(self, tokens):
+    def decode(self, tokens, starts=True):
         return (
             bytes(map(int, tokens))
             .decode(errors="replace")

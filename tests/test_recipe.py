@@ -51,7 +51,6 @@ class Walker:
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(self.package),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",  # as people run it
         }
         self.install()
         if self.changed():

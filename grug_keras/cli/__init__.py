@@ -11,8 +11,11 @@ import click
 from grug_cli.archive import archive
 from grug_cli.check import check
 from grug_cli.compile import compile_step
+from grug_cli.eval import evaluate
 from grug_cli.experiments import compare, diff, leaderboard, new, reproduce, sweep
+from grug_cli.export import export
 from grug_cli.plot import plot
+from grug_cli.sample import sample
 from grug_cli.tokenize import tokenize
 
 __all__ = ["main"]
@@ -50,6 +53,9 @@ for command in (
     leaderboard,
     check,
     plot,
+    evaluate,
+    export,
+    sample,
     tokenize,
     compile_step,
 ):

@@ -6,9 +6,11 @@ import statistics
 
 from grug_keras.data.files import write_atomically
 from grug_keras.experiments.archive import Archive
+from grug_keras.experiments.evaluation_table import evaluation_section
 from grug_keras.experiments.results_file import (
     RESULTS,
     ResultsFile,
+    begun_from,
     get_field,
     scores_in_words,
     settings_key,
@@ -43,7 +45,8 @@ def tables(checkout):
     for name, groups in _groups(files).items():
         for one in groups.values():
             tokenizer = one["tokenizer"]["sha256"] or one["tokenizer"]["name"]
-            key = (one["data"]["sha256"], tokenizer, one["tokens"], one["seq_len"])
+            init = begun_from(one)["sha256"] or ""  # weights that were trained before
+            key = (one["data"]["sha256"], tokenizer, one["tokens"], one["seq_len"], init)
             titles[key] = _title(one)
             row = _row(entries.get(name), name, one)
             row["verdict"] = _verdict(files.get(name), one)
@@ -80,6 +83,7 @@ def _title(one):
     return (
         f"{one['data']['name']} {hashes[0]}, tokens of {tokenizer}: {one['tokens'] / 1e6:.3g}M "
         f"tokens, length {one['seq_len']}"
+        + (f", from {begun_from(one)['name']}" if one.get("init") else "")
     )
 
 
@@ -115,6 +119,7 @@ def _row(entry, name, one):
         "commit": (one["commit"] or "")[:10],
         "date": max(run["started"] for run in one["runs"])[:10],
         "curve": one["curve"],
+        "suites": [run["suite"] for run in one["runs"] if run.get("suite")],
     }
 
 
@@ -199,6 +204,8 @@ def page(checkout):
         parts.append(_verdicts_as_markdown(judged))
     for title, rows in found.items():
         parts.append(f"## {title}\n\n" + _table_as_markdown(_COLUMNS, rows))
+    if evaluated := evaluation_section(found):
+        parts.append(evaluated)
     return "\n".join(parts)
 
 

@@ -8,6 +8,7 @@ import shlex
 import statistics
 
 from grug_keras.data.files import write_json
+from grug_keras.evaluation.run_record import suite_in_short
 from grug_keras.training.record import is_sealed, seal
 
 RESULTS = "docs/results"
@@ -210,8 +211,15 @@ def group(records, path):
         **{name: first[name] for name in _SHARED},
         "seq_len": first["config"]["max_seq_len"],
         "curve": _mean_curve([r["curve"] for r in records if r["status"] == "finished"]),
-        "runs": [{name: record[name] for name in _OF_A_RUN} for record in records],
+        "runs": [_kept(record) for record in records],
+        **({"init": first["init"]} if first.get("init") else {}),
     }
+
+
+def _kept(record):
+    suite = suite_in_short(record)
+    kept = {name: record[name] for name in _OF_A_RUN}
+    return {**kept, "suite": suite} if suite else kept
 
 
 def _mean_curve(curves):
@@ -222,7 +230,13 @@ def _mean_curve(curves):
 
 def settings_key(found):
     """Returns a str that is equal for two groups if their runs differ only in their seeds."""
-    return json.dumps({name: get_field(found, name) for name in _SETTINGS}, sort_keys=True)
+    settings = {name: get_field(found, name) for name in _SETTINGS}
+    return json.dumps({**settings, "init": begun_from(found)["sha256"]}, sort_keys=True)
+
+
+def begun_from(found):
+    """Returns `name` and `sha256` of the weights that a group's runs began from, None if drawn."""
+    return found.get("init") or {"name": None, "sha256": None}
 
 
 def get_field(record, name):

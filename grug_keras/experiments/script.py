@@ -1,15 +1,14 @@
 """A speedrun script: load it as a module, run it, check its source."""
 
 import ast
-import importlib.util
 import subprocess
 import sys
 
 from grug_keras.best_guess import RECIPES, build_optimizer
+from grug_keras.training.script_module import import_script
 
 STARTER = "speedruns/grugformer_starter.py"
 MAX_LINES = 150
-_MODULE_PREFIX = "_grug_speedrun_"  # else a script called types.py would replace Python's `types`
 
 
 def load_speedrun(path):
@@ -25,18 +24,7 @@ def load_speedrun(path):
     Raises:
         ValueError: if the script cannot be imported, or has no `build_model`.
     """
-    spec = importlib.util.spec_from_file_location(_MODULE_PREFIX + path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up the module of a class there
-    try:
-        spec.loader.exec_module(module)
-    except SystemExit:
-        raise ValueError(
-            f'{path} runs when it is imported: call main under `if __name__ == "__main__":`'
-        ) from None
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} cannot be imported: {what}; run it to see where") from error
+    module = import_script(path)
     if not hasattr(module, "build_model"):
         raise ValueError(f"{path} has no build_model: see {STARTER}")
     for name, default in (("RECIPES", RECIPES), ("build_optimizer", build_optimizer)):

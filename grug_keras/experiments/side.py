@@ -8,13 +8,13 @@ import re
 from grug_keras.experiments.child import RunSpec
 from grug_keras.experiments.script import load_speedrun
 from grug_keras.training.identity import run_identity
-from grug_keras.training.model_config import size_config
+from grug_keras.training.model_config import run_config
 from grug_keras.training.options import RunOptions, read_arguments
 from grug_keras.training.provenance import flags, versions
 from grug_keras.training.run_data import DATA_OPTIONS, load_run_data
 import keras
 
-_PATHS = ("--data", "--mixture-at", "--tokenizer")  # options whose values may hold paths
+_PATHS = ("--data", "--mixture-at", "--tokenizer", "--init")  # options whose values may hold paths
 _RESERVED = (
     "--seed",
     "--out",
@@ -76,9 +76,7 @@ class Side:
         """
         recipe = dataclasses.replace(self.recipe, **changes)
         options = dataclasses.replace(self.options, seed=seed)
-        config = size_config(
-            options.size, self.data.tokenizer.vocab_size, options.seq_len, options.remat
-        )
+        config = run_config(options, self.data.tokenizer.vocab_size)
         identity = run_identity(
             source=snapshot.source(self.script),
             versions=_versions(),
@@ -131,5 +129,6 @@ def _absolute(value):
 
 
 def _resolved(name):
-    path = pathlib.Path(name)
-    return str(path.resolve()) if name and path.exists() else name
+    prefix = "hf:" if name.startswith("hf:") else ""  # of `--init`
+    path = pathlib.Path(name.removeprefix(prefix))
+    return prefix + str(path.resolve()) if name and path.exists() else name

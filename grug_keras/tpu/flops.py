@@ -39,10 +39,10 @@ def flops_per_token(model, seq_len):
     """Counts the floating-point operations of training on one token, by the usual convention.
 
     Each weight that multiplies activations counts 6 (Kaplan et al.,
-    https://arxiv.org/abs/2001.08361): all matrices but the embedding table. The attention of each
-    block counts 12 N H (PaLM, https://arxiv.org/abs/2204.02311, appendix B) for every position
-    that a token sees: S / 2 of them on average, fewer with a sliding window. Recomputation does
-    not count, nor do weights that are not matrices.
+    https://arxiv.org/abs/2001.08361): all matrices but an embedding table that is not the head
+    too. The attention of each block counts 12 N H (PaLM, https://arxiv.org/abs/2204.02311,
+    appendix B) for every position that a token sees: S / 2 of them on average, fewer with a
+    sliding window. Recomputation does not count, nor do weights that are not matrices.
 
     Args:
         model: a built `Grugformer`.
@@ -56,11 +56,11 @@ def flops_per_token(model, seq_len):
 
 def flops_by_part(model, seq_len):
     """Counts those of the head, the other matrices and attention: dict of str -> int."""
-    table = model.token_embedding.embeddings
+    config = model.config
+    table = None if config.tie_embeddings else model.token_embedding.embeddings  # only read
     matrices = [v for v in model.trainable_variables if len(v.shape) == 2 and v is not table]
     weights = sum(v.shape[0] * v.shape[1] for v in matrices)
     head = sum(v.shape[0] * v.shape[1] for v in matrices if model.config.vocab_size in v.shape)
-    config = model.config
     windows = [min(seq_len, window or seq_len) for window in model.windows]
     seen = sum(window - window**2 / (2 * seq_len) for window in windows)
     return {

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 
+from grug_keras.training.initial_weights import find_initial
+
 
 def run_identity(
     *, source, versions, flags, recipe, options, config, data, tokenizer, backend, device
@@ -41,6 +43,8 @@ def run_identity(
         "backend": backend,
         "device": device,
     }
+    if options.init is not None:
+        made_of["init"] = find_initial(options.init).sha256
     text = json.dumps(made_of, sort_keys=True, default=float)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -48,6 +48,9 @@ class RunOptions:
             has; None is by the budget, see `run_data.validation_bytes`.
         tokenizer, document_start: str or None, see `grug_keras.data.load_data`.
         packing: str, of `grug_keras.data.TokenBatches`.
+        init: str or None, `hf:` and a folder of Hugging Face, or the folder of a run: the first
+            weights, the shape of the model and the tokenizer are from there; `size` is then the
+            recipe's alone.
         seed: int, of the initial weights and the data order.
         seq_len: int or None, sequence length instead of the preset's `max_seq_len`.
         dtype: str or None, Keras dtype policy; None is float32 for `smoke`, which trains on CPUs,
@@ -115,6 +118,12 @@ class RunOptions:
         "stream",
         "Windows of the token stream, or whole documents side by side.",
         type=click.Choice(list(PACKINGS)),
+    )
+    init: str | None = _option(
+        None,
+        "Take first weights, shape and tokenizer from there; --size is then the recipe's alone.",
+        metavar="hf:FOLDER|RUN",
+        show_default="drawn from the seed",
     )
     seed: int = _option(0, "Initial weights and data order.", type=click.IntRange(0, 2**32 - 1))
     seq_len: int | None = _option(None, "Instead of the model's longest.", type=_at_least(8))

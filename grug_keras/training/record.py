@@ -12,6 +12,7 @@ from grug_keras import distribution
 from grug_keras.data.files import write_json
 from grug_keras.tpu.flops import MFU_CONVENTION, flops_per_token
 from grug_keras.training.identity import run_identity
+from grug_keras.training.initial_weights import describe_initial
 from grug_keras.training.provenance import device, flags, git_state, versions
 from grug_keras.training.same_run import plain_json
 from grug_keras.training.source import source_of
@@ -49,6 +50,7 @@ class RunRecord:
         dtype: str, dtype policy.
         seed: int.
         packing: str.
+        init: dict of `name` and `sha256`, the weights that it began from; None: drawn.
         data: dict, see `TokenData.describe`.
         tokenizer: dict of `name` and `sha256`.
         backend: str.
@@ -73,11 +75,13 @@ class RunRecord:
         bits_per_byte_interval: list of two floats or None, see `document_scores.score_interval`.
         epochs: list of float, how often each source was read.
         sample: dict of `prompt` and `text`; None if it failed.
+        evaluation: dict or None, what `grug eval` has measured since: `suite`, see
+            `evaluation.suite.run_suite`, and `tasks`, see `evaluation.tasks.run_tasks`.
         bad_step: int or None, index of the first step whose loss is not finite.
         error: str or None, of a run that failed, or that could not write its model.
     """
 
-    schema: int = 6
+    schema: int = 7
     id: str
     experiment: str
     status: str = "running"
@@ -104,6 +108,7 @@ class RunRecord:
     dtype: str
     seed: int
     packing: str
+    init: dict | None = None
     data: dict
     tokenizer: dict
     backend: str
@@ -138,6 +143,7 @@ class RunRecord:
     bits_per_byte_interval: list | None = None
     epochs: list = dataclasses.field(default_factory=list)
     sample: dict | None = None
+    evaluation: dict | None = None
     bad_step: int | None = None
     error: str | None = None
 
@@ -214,6 +220,7 @@ def new_record(run, model):
         dtype=model.dtype_policy.name,
         seed=run.options.seed,
         packing=run.options.packing,
+        init=describe_initial(run.options.init),
         data=data,
         tokenizer={"name": run.data.tokenizer.name, "sha256": run.data.tokenizer.sha256},
         mesh=distribution.describe_mesh(),

@@ -24,6 +24,12 @@ def announce(run, model, record, step):
         f"sha256 {data['sha256'][:12]})",
         flush=True,
     )
+    if record.init is not None:
+        print(
+            f"first weights and shape: {record.init['name']}, sha256 {record.init['sha256'][:12]}; "
+            f"the recipe is that of --size {record.size}",
+            flush=True,
+        )
     print(optimizer_table(model), flush=True)
     if run.past.began is not None:
         print(f"continuing after step {step} of {run.folder}", flush=True)

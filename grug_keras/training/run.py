@@ -18,6 +18,7 @@ from grug_keras.training.checkpoint_stores import one_line
 from grug_keras.training.checkpoints import Checkpoints
 from grug_keras.training.continuation import Continuation
 from grug_keras.training.initial_values import initial_values_by_path
+from grug_keras.training.initial_weights import find_initial
 from grug_keras.training.interrupts import StopOnInterrupt
 from grug_keras.training.loop import TrainingLoop
 from grug_keras.training.memory_use import (
@@ -28,7 +29,7 @@ from grug_keras.training.memory_use import (
     peak_memory,
 )
 from grug_keras.training.meter import Meter
-from grug_keras.training.model_config import size_config
+from grug_keras.training.model_config import run_config
 from grug_keras.training.plots import thin_curve
 from grug_keras.training.record import new_record, utc_now
 from grug_keras.training.report import announce, report
@@ -58,9 +59,7 @@ class Run:
         self.recipe = self.past.recipe
         try:
             self.data = self.past.load(self._load)
-            self.config = size_config(
-                options.size, self.data.tokenizer.vocab_size, options.seq_len, options.remat
-            )
+            self.config = run_config(options, self.data.tokenizer.vocab_size)
             self.train_batches, self.validation_batches = self._batches()
             self.schedule = self.recipe.schedule()
             self.log = options.log if distribution.process()[0] == 0 else ()
@@ -136,6 +135,8 @@ class Run:
             model = build_model(self.config)
             model.build()
             seed_noise(model)
+        if self.options.init is not None:
+            find_initial(self.options.init).assign_to(model)
         optimizer = build_optimizer(self.schedule)
         if self.recipe.weight_decay is not None:
             set_weight_decay(optimizer, self.recipe.weight_decay)

@@ -4,11 +4,12 @@ from grug_keras.best_guess import RECIPES
 from grug_keras.config import GrugConfig
 from grug_keras.data import load_data
 from grug_keras.data.reading import Reading
+from grug_keras.training.initial_weights import check_tokenizer, find_initial
 
 # What of `RunOptions` decides about the data.
 DATA_OPTIONS = (
     *("size", "data", "mixture_at", "text_field", "encoding", "on_bad_record", "deduplicate"),
-    *("validation_bytes", "tokenizer", "document_start"),
+    *("validation_bytes", "tokenizer", "document_start", "init"),
 )
 VALIDATION_BYTES, _MOST_VALIDATION_BYTES = 2**18, 2**25
 _TOKENS_PER_VALIDATION_BYTE = 256
@@ -18,7 +19,7 @@ def load_run_data(options, tokenizer):
     """Loads the data of a run.
 
     Args:
-        options: `RunOptions`.
+        options: `RunOptions`. With `init` the tokenizer is that of the weights.
         tokenizer: str or None, see `load_data`.
 
     Returns:
@@ -27,6 +28,8 @@ def load_run_data(options, tokenizer):
     Raises:
         ValueError: as `load_data`.
     """
+    check_tokenizer(options.init, tokenizer)
+    initial = find_initial(options.init)
     reading = Reading(
         text_field=options.text_field,
         encoding=options.encoding,
@@ -35,7 +38,7 @@ def load_run_data(options, tokenizer):
     )
     return load_data(
         options.data,
-        tokenizer,
+        tokenizer if initial is None else initial.tokenizer,
         validation_bytes(options),
         mixture_at=options.mixture_at,
         reading=reading,

@@ -14,6 +14,7 @@ _SHARED = (
     "packing",
     "options",
     "tokenizer",
+    "init",
     "data",
     "config",
     "block_class",
@@ -29,13 +30,14 @@ _KNOWN_EARLY = ("experiment", "size", "seed", "recipe", "packing", "backend")
 # elsewhere may be spelled in another way.
 _NOT_COMPARED = (
     "tokenizer.name",
+    "init.name",
     "optimizer_config.config.name",
     "recipe.save_every",
     "recipe.evaluate_every",
     "recipe.keep",
     *(
         f"options.{name}"
-        for name in ("size", "data", "tokenizer", "packing", "seed", "seq_len", "dtype")
+        for name in ("size", "data", "tokenizer", "init", "packing", "seed", "seq_len", "dtype")
     ),
     "options.backend",
     "options.remat",

@@ -1,25 +1,24 @@
-"""Sampling text from a model, with the samplers of KerasHub."""
+"""Text from a model: a prompt in, its continuation out, whole or as it is made."""
 
-import math
+import codecs
 
-from grug_keras.data.quiet import quiet
 from grug_keras.data.utf8 import cut_text
-import keras
+from grug_keras.generation import stream
+from grug_keras.generation.samplers import nucleus
 import numpy as np
 
 
-def generate(model, tokenizer, prompt=b"", *, length=200, temperature=0.8, seed=0):
+def generate(model, tokenizer, prompt=b"", *, length=200, temperature=0.8, seed=0, stop=()):
     """Continues a prompt.
-
-    The whole window is run again for every token: simple, and fast enough for a look.
 
     Args:
         model: a built `Grugformer`.
         tokenizer: see `grug_keras.data.load_tokenizer`.
-        prompt: bytes.
+        prompt: bytes; with none a new document starts.
         length: int >= 1, tokens to add at most; it stops early where a document ends.
         temperature: float >= 0; 0 takes the likeliest token each time.
         seed: int.
+        stop: list of bytes; the continuation ends before the first of them.
 
     Returns:
         bytes, the continuation without the prompt.
@@ -28,45 +27,50 @@ def generate(model, tokenizer, prompt=b"", *, length=200, temperature=0.8, seed=
         ValueError: for such a temperature, or if prompt and continuation do not fit into
             `max_seq_len`.
     """
-    sampler = _sampler(tokenizer.vocab_size, temperature, seed)
-    start = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    window = model.config.max_seq_len
-    if length < 1 or len(start) + length > window:
+    options = {"length": length, "temperature": temperature, "seed": seed, "stop": stop}
+    return b"".join(_stream(model, tokenizer, prompt, every=64, **options))
+
+
+def stream_text(model, tokenizer, prompt=b"", *, every=8, **options):
+    """Continues a prompt, and yields the text as it is made.
+
+    Args:
+        model, tokenizer, prompt, **options: as of `generate`.
+        every: int, tokens that come at once.
+
+    Yields:
+        str.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in halves
+    for part in _stream(model, tokenizer, prompt, every=every, **options):
+        yield decoder.decode(part)
+    yield decoder.decode(b"", final=True)
+
+
+def _stream(model, tokenizer, prompt, *, every, length=200, temperature=0.8, seed=0, stop=()):
+    sampler = nucleus(tokenizer.vocab_size, temperature)
+    start = [tokenizer.bos_id, *(tokenizer.encode(prompt) if prompt else ())]
+    room = model.config.max_seq_len - len(start)
+    if not 1 <= length <= room:
         raise ValueError(
-            f"length must be in [1, {window - len(start)}] for a prompt of {len(start)} tokens "
-            f"and max_seq_len={window}, got {length}"
+            f"length must be in [1, {room}] for a prompt of {len(start)} tokens "
+            f"and max_seq_len={model.config.max_seq_len}, got {length}"
         )
-    buffer = np.zeros((1, len(start) + length), dtype="int32")
-    buffer[0, : len(start)] = start
-
-    def next_token(tokens, cache, index):
-        hidden = keras.ops.take(model(tokens), index - 1, axis=1)
-        # ids past the tokenizer's pad the head to a round size and mean nothing
-        logits = model.head(hidden)[:, : tokenizer.vocab_size]
-        return logits, hidden, cache
-
-    tokens = sampler(
-        next_token,
-        keras.ops.convert_to_tensor(buffer),
-        index=len(start),
-        mask=keras.ops.convert_to_tensor(np.arange(buffer.shape[1])[None] < len(start)),
-        stop_token_ids=[tokenizer.bos_id],
-        model=model,
-    )
-    new = keras.ops.convert_to_numpy(tokens)[0, len(start) :]
-    ends = np.flatnonzero(new == tokenizer.bos_id)
-    return tokenizer.decode(new[: ends[0]] if len(ends) else new)
-
-
-def _sampler(vocab_size, temperature, seed):
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    with quiet():
-        import keras_hub  # takes seconds and loads TensorFlow: only when text is sampled
-    if temperature == 0:
-        return keras_hub.samplers.GreedySampler()
-    k = min(50, vocab_size)
-    return keras_hub.samplers.TopPSampler(p=0.95, k=k, temperature=temperature, seed=seed)
+    # ids past the tokenizer's pad the head to a round size and mean nothing
+    options = {"stop": tokenizer.bos_id, "seed": seed, "vocab_size": tokenizer.vocab_size}
+    held = max((len(text) for text in stop), default=1) - 1  # it may be the start of a stop
+    ids, sent = np.zeros(0, dtype="int32"), 0
+    for (row,) in stream(model, [start], length, sampler=sampler, every=every, **options):
+        ids = np.append(ids, row)
+        ends = np.flatnonzero(ids == tokenizer.bos_id)
+        text = tokenizer.decode(ids[: ends[0]] if len(ends) else ids, starts=not prompt)
+        found = [place for place in map(text.find, stop) if place >= 0]
+        if found or len(ends) or len(ids) >= length:
+            yield text[sent : min(found, default=None)]
+            return
+        known = max(sent, len(text) - held)
+        yield text[sent:known]
+        sent = known
 
 
 def sample_validation(model, data, seed):

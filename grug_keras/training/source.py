@@ -1,6 +1,7 @@
 """The code that makes the numbers of a run, by content: comments and docstrings change nothing."""
 
 import ast
+import functools
 import hashlib
 import pathlib
 
@@ -60,10 +61,14 @@ def code_hash(path):
 def text_hash(text, path="text"):
     """As `code_hash`, of the text of a file."""
     try:
-        tree = ast.parse(text)
+        return _hash(text)
     except SyntaxError as error:
         raise ValueError(f"{path}: line {error.lineno} is not valid Python: {error.msg}") from None
-    return hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()[:_DIGITS]
+
+
+@functools.lru_cache(maxsize=4096)  # all files take half a second, and a process has many runs
+def _hash(text):
+    return hashlib.sha256(repr(_plain(ast.parse(text))).encode()).hexdigest()[:_DIGITS]
 
 
 def _hash_of_folder(folder, deep):

@@ -97,14 +97,13 @@ def cached_and_whole(size):
     prompts = np.ones((1, PROMPT), dtype="int32")
 
     def whole():
-        from grug_keras.generation.samplers import find_sampler
-        from grug_keras.generation.steps import Whole
+        from grug_keras.generation.decoders import WholeDecoder
+        from grug_keras.generation.request import check_request
         from keras import ops
 
-        length = np.array([PROMPT], dtype="int32")
-        decoder = Whole(model, prompts, length, PROMPT + new, model.config.vocab_size)
-        going = ops.zeros((1,), dtype="bool")
-        decoder.run(find_sampler("greedy"), [], going, (), new, new)
+        request = check_request(model, prompts, new)
+        decoder = WholeDecoder(model, request, PROMPT + new, new)
+        decoder.run([], ops.zeros((1,), dtype="bool"), new)
 
     return {
         "with a cache": (lambda: model.generate(prompts, new), new),

@@ -106,7 +106,7 @@ class Grugformer(NextTokenModel):
             common["training"] = training  # the backward pass of remat runs out of this call
         masks = self._masks(segment_ids)
         if cache is not None:
-            masks = [cache.behind(mask) for mask in masks]
+            masks = [cache.attach(mask) for mask in masks]
         calls = [
             (block, {**common, "attention_mask": mask})
             for block, mask in zip(self.blocks, masks, strict=True)

@@ -31,11 +31,12 @@ LAYOUTS = {
     "TP": ("model=8", distribution.RULES),
     "FSDP x TP": ("data=4,model=2", distribution.RULES),
 }
-CASES = {  # dtype policy, remat, optimizer, parts of a batch
+CASES = {  # dtype policy, remat, optimizer, parts of a batch, tied
     "float32": ("float32", True, "muon", 1),
     "all kept": ("float32", False, "muon", 1),
     "mixed": ("mixed_bfloat16", True, "muon", 1),
     "optax in parts": ("float32", True, "optax", 2),
+    "tied": ("float32", True, "muon", 1, True),
 }
 OPTIMIZERS = {
     "muon": lambda: Muon(0.01, weight_decay=0.1),
@@ -70,11 +71,11 @@ def batches():
     return {"token_ids": tokens[:, :-1], "segment_ids": segments}, tokens[:, 1:], weights
 
 
-def train(policy, remat, optimizer, parts):
+def train(policy, remat, optimizer, parts, tied=False):
     """The loss of every step."""
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(policy)
-    model = Grugformer(GrugConfig(**{**vars(CONFIG), "remat": remat}), SinkBlock)
+    model = Grugformer(GrugConfig(**{**vars(CONFIG), "remat": remat, "tie_embeddings": tied}), SinkBlock)
     model.compile(OPTIMIZERS[optimizer](), accumulate=parts)
     losses = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda _, logs: found.append(float(logs["batch_loss"]))

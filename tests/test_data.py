@@ -34,11 +34,13 @@ def stdlib():
 
 FIRST_RUN = """
 import sys
+import grug_keras  # and Keras, which imports pandas, and pyarrow with it, where they are there
+before = set(sys.modules)
 import grug_keras.data
 import grug_keras.data.files
 
 heavy = {"tensorflow", "tensorflow_datasets", "keras_hub", "tokenizers", "pyarrow"}
-print(sorted(heavy.intersection(sys.modules)))
+print(sorted(heavy.intersection(sys.modules) - before))
 print(grug_keras.data.load_corpus().sha256)
 """
 

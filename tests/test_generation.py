@@ -129,7 +129,10 @@ def test_a_row_ends_before_its_stop_token(model):
     ends = [min([row.index(s) for s in stop if s in row], default=12) for row in want]
     found = model.generate(PROMPTS, 12, stop=stop)
     assert [row.tolist() for row in found] == [row[:end] for row, end in zip(want, ends)]  # noqa: B905
-    assert model.generate(PROMPTS[:1], 12, stop=want[0][0])[0].tolist() == []
+    assert model.generate(PROMPTS[:1], 12, stop=np.array(want[0][0]))[0].tolist() == []
+    parts = list(stream(model, PROMPTS, 12, every=1, stop=[row[2] for row in want]))
+    ends = [min(row.index(s[2]) for s in want if s[2] in row) for row in want]
+    assert len(parts) == max(ends) + 1  # and not for the row that pads the batch
 
 
 def test_samplers_are_seeded_and_the_given_object_is_too(model):
@@ -142,7 +145,64 @@ def test_samplers_are_seeded_and_the_given_object_is_too(model):
     share = np.exp(logits_of(model, [[1]])[0, 0, :3].astype("float64"))
     share /= share.sum()
     found = np.bincount(np.concatenate(drawn), minlength=3) / 64
+    flat = build(dataclasses.replace(CONFIG, initializer_std=1e-6))
+    assert len(set(flat.generate([[1]], 30, sampler="random")[0].tolist())) > 15
     np.testing.assert_allclose(found, share, atol=4 * np.sqrt(0.25 / 64))
+
+
+def test_a_sampler_that_is_changed_counts_and_an_equal_one_compiles_nothing(model, monkeypatch):
+    import keras_hub
+
+    sampler = keras_hub.samplers.RandomSampler(temperature=50.0)
+    hot = model.generate([[1, 2]], 12, sampler=sampler)[0].tolist()
+    sampler.temperature = 1e-4
+    assert model.generate([[1, 2]], 12, sampler=sampler)[0].tolist() == greedy(model, [1, 2], 12)
+    traced = []
+    call = Grugformer.call
+    monkeypatch.setattr(Grugformer, "call", lambda *a, **k: traced.append(1) or call(*a, **k))
+    equal = keras_hub.samplers.RandomSampler(temperature=50.0)
+    assert model.generate([[1, 2]], 12, sampler=equal)[0].tolist() == hot
+    assert not traced or keras.config.backend() == "torch"
+
+
+def test_a_context_that_is_no_power_of_two_is_used_whole():
+    model = build(dataclasses.replace(CONFIG, max_seq_len=100))
+    prompt = (np.arange(70) * 7 % 61).tolist()
+    assert model.generate([prompt], 30)[0].tolist() == greedy(model, prompt, 30)
+
+
+def test_weights_are_those_of_now_in_a_callback_of_fit():
+    model = build(seed=2)
+    model.compile(keras.optimizers.SGD(0.5))
+    tokens = np.random.default_rng(0).integers(0, 61, (4, 9))
+    found = []
+
+    def look(batch, logs):
+        found.append((model.generate([[1, 2]], 4)[0].tolist(), model.score([[1, 2, 3]])[0]))
+
+    look = keras.callbacks.LambdaCallback(on_train_batch_end=look)
+    model.fit(tokens[:, :-1], tokens[:, 1:], batch_size=2, callbacks=[look], verbose=0)
+    assert found[-1][0] == greedy(model, [1, 2], 4)
+    np.testing.assert_allclose(found[-1][1], model.score([[1, 2, 3]])[0], atol=1e-6)
+    assert not np.allclose(found[0][1], found[1][1])
+
+
+def test_scores_hold_a_slice_of_the_logits(model, rng, monkeypatch):
+    monkeypatch.setattr("grug_keras.generation.log_likelihoods.LOGITS", 61 * 7)
+    rows = rng.integers(0, 61, (3, 20))
+    few = build()
+    np.testing.assert_allclose(few.score(rows), model.score(rows), atol=1e-5)
+
+
+@pytest.mark.jax
+def test_scores_of_a_large_vocabulary_take_little_memory():
+    from grug_keras.generation.log_likelihoods import _score
+    import jax
+
+    model = build(dataclasses.replace(CONFIG, vocab_size=131072, max_seq_len=256))
+    tokens = jax.ShapeDtypeStruct((32, 257), "int32")
+    program = jax.jit(lambda tokens: _score(model, tokens)).lower(tokens).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 200 * 2**20
 
 
 @pytest.mark.slow
@@ -163,8 +223,8 @@ def test_beams_find_the_likeliest_rows():
     assert [row.tolist() for row in stopped] == [
         row[:end].tolist() for row, end in zip(found, ends, strict=True)
     ]
-    with pytest.raises(ValueError, match="BeamSampler searches, so it cannot stream"):
-        next(stream(model, [[1]], 2, sampler=sampler))
+    with pytest.raises(ValueError, match="BeamSampler searches: it cannot stream"):
+        stream(model, [[1]], 2, sampler=sampler)
 
 
 def test_a_model_that_no_cache_suits_runs_whole_and_says_so_once():
@@ -191,6 +251,58 @@ class Shift(Block):
     def call(self, x, positions=None, attention_mask=None):
         before = keras.ops.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
         return super().call(x + self.share * before, positions, attention_mask)
+
+
+class BottomRight(CausalSelfAttention):
+    """Takes the last query for that of the last key, as many write masks."""
+
+    def attend(self, q, k, v, mask):
+        ahead = k.shape[1] - q.shape[1]
+        rule = np.arange(k.shape[1]) <= np.arange(q.shape[1])[:, None] + ahead
+        return ops.attention(q, k, v, rule)
+
+
+class BottomRightBlock(Block):
+    attention_class = BottomRight
+
+
+class Narrow(CausalSelfAttention):
+    """A window of its own within that of the model."""
+
+    def attend(self, q, k, v, mask):
+        return ops.attention(q, k, v, dataclasses.replace(mask, sliding_window=3))
+
+
+class NarrowBlock(Block):
+    attention_class = Narrow
+
+
+class ByToken(Grugformer):
+    """A document of its own from each token 7 on."""
+
+    def call(self, inputs, training=None, cache=None):
+        if not isinstance(inputs, dict) or inputs.get("positions") is None:
+            tokens = inputs["token_ids"] if isinstance(inputs, dict) else inputs
+            documents = 1 + keras.ops.cumsum(keras.ops.cast(tokens == 7, "int32"), axis=1)
+            inputs = {"token_ids": tokens, "segment_ids": documents}
+        return super().call(inputs, training=training, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({"block_class": BottomRightBlock}, {}),
+        ({"block_class": NarrowBlock}, {"sliding_window": 12}),
+        ({"model_class": ByToken}, {}),
+    ],
+    ids=["own mask", "own window", "documents"],
+)
+def test_what_is_right_for_the_prompt_alone_is_not_trusted(options, changes):
+    model = build(dataclasses.replace(CONFIG, **changes), **options)
+    prompt = [3, 7, 9, 7, 2, 1, 4, 8, 7, 5, 6, 30, 31, 32, 33]
+    with pytest.warns(UserWarning, match="cannot be run token by token"):
+        found = model.generate([prompt], 8)
+    assert found[0].tolist() == greedy(model, prompt, 8)
 
 
 def test_a_gate_that_opens_later_is_seen():
@@ -226,12 +338,14 @@ def test_other_weights_count_and_other_prompts_of_a_bucket_compile_nothing(model
 def test_a_quantized_model_generates_as_it_scores():
     model = build(dataclasses.replace(CONFIG, tie_embeddings=True))
     plain = model.generate([[1, 2]], 8)[0].tolist()
+    score = model.score([[1, 2, 3]])[0]
     model.token_embedding.enable_lora(2)
     model.blocks[0].mlp.up_proj.quantize("int8")
     model.blocks[1].attention.q_proj.enable_lora(2)
+    model.token_embedding.lora_embeddings_b.assign(np.eye(2, 16))
     found = model.generate([[1, 2]], 8)[0].tolist()
-    assert found == greedy(model, [1, 2], 8)
-    assert len(plain) == 8
+    assert found == greedy(model, [1, 2], 8) != plain
+    assert np.abs(model.score([[1, 2, 3]])[0] - score).min() > 1e-3
 
 
 def test_scores_are_the_log_likelihoods_by_definition(model, rng):
@@ -264,10 +378,16 @@ def test_scores_are_the_log_likelihoods_by_definition(model, rng):
         ({"max_new_tokens": 0}, "max_new_tokens must be an int of at least 1, got 0"),
         ({"sampler": "magic"}, "sampler must be one of .*'greedy'.*, got 'magic'"),
         ({"sampler": 3}, "sampler must be a sampler of keras_hub or its name, got 3"),
-        ({"stop": 61}, r"stop must hold token ids in \[0, vocab_size=61\), got 61"),
-        ({"stop": "a"}, "stop must hold token ids .* got 'a'"),
-        ({"seed": 0.5}, "seed must be an int, got 0.5"),
-        ({"vocab_size": 62}, r"vocab_size must be in \[1, 61\], the model's, got 62"),
+        ({"stop": 61}, r"stop must be an int in \[0, 60\], got 61"),
+        ({"stop": "a"}, "stop must be an int in .* got 'a'"),
+        ({"seed": 0.5}, r"seed must be an int in \[0, 2147483647\], got 0.5"),
+        ({"seed": -1}, "seed must be an int in .*, got -1"),
+        ({"vocab_size": 62}, r"vocab_size must be an int in \[1, 61\], got 62"),
+        ({"vocab_size": True}, r"vocab_size must be an int in \[1, 61\], got True"),
+        ({"vocab_size": 3, "sampler": "top_k"}, "sampler: k=5 is more than the 3 ids"),
+        ({"prompts": np.array(3)}, r"prompts must be a list of rows of token ids, got array\(3\)"),
+        ({"prompts": [[1, [2, 3]]]}, r"prompts\[0\] must be a row of integers, got object"),
+        ({"max_new_tokens": np.int8(127)}, "max_new_tokens=127 after a prompt of 1 tokens"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(model, arguments, message):
@@ -289,6 +409,15 @@ def test_what_cannot_be_scored_or_has_no_weights_is_refused(model):
         with pytest.raises(ValueError, match="temperature must be above 0.*'greedy'"):
             find_sampler(sampler)
     assert type(nucleus(61, 0)).__name__ == "GreedySampler"
+    for sampler, message in (
+        (keras_hub.samplers.TopKSampler, "must be a sampler of keras_hub or its name"),
+        (keras_hub.samplers.ContrastiveSampler(k=2, alpha=0.5), "Contrastive.* has a loop of its"),
+        (keras_hub.samplers.BeamSampler(return_all_beams=True), "return_all_beams=True is not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_sampler(sampler)
+    with pytest.raises(ValueError, match=r"every must be an int in \[1, 64\], got 0"):
+        stream(model, [[1]], 2, every=0)
 
 
 @pytest.mark.parametrize("offset", [0, 3, (0, 5)])

@@ -38,6 +38,7 @@ def report():
         ("FSDP x TP, all kept", 1e-5),
         ("FSDP x TP, mixed", 5e-3),
         ("FSDP x TP, optax in parts", 1e-5),
+        ("FSDP x TP, tied", 1e-5),
     ],
 )
 def test_a_mesh_trains_as_one_device(report, run, bound):

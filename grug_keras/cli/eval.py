@@ -34,7 +34,9 @@ def evaluate(model, tasks, include_path, num_fewshot, limit):
     from grug_keras.evaluation.run_record import open_record
     from grug_keras.training.trained import load_trained
 
-    folder = None if model.startswith("hf:") else pathlib.Path(model.removesuffix("model.keras"))
+    folder = None if model.startswith("hf:") else pathlib.Path(model)
+    if folder is not None and folder.name == "model.keras":
+        folder = folder.parent
     with contextlib.ExitStack() as stack:
         add = stack.enter_context(open_record(folder)) if folder else None
         manager = lm_eval_tasks.find_tasks(names, include_path) if names else None

@@ -23,6 +23,8 @@ def sample(model, prompt, length, temperature, seed, stop):
     for name, texts in (("prompt", [prompt]), ("stop", stop)):
         if "" in texts:
             raise click.ClickException(f"--{name}='' is empty: leave it out")
+        if any("\udc80" <= letter <= "\udcff" for text in texts for letter in text or ""):
+            raise click.ClickException(f"--{name} is not UTF-8")
     from grug_keras.training.sampling import stream_text
     from grug_keras.training.trained import load_trained
 

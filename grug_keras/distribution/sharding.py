@@ -12,12 +12,13 @@ import keras
 
 AXES = ("data", "model")
 COLUMNS, ROWS = ("data", "model"), ("model", "data")
+HEAD = r".*/lm_head/kernel"
 # {regular expression of a variable's whole path: the mesh axis that splits each of its axes}.
 RULES = {
     r".*/token_embedding/embeddings": ROWS,  # (V, D)
     r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel": COLUMNS,
     r".*/(o_proj|down_proj)/kernel": ROWS,
-    r".*/lm_head/kernel": COLUMNS,  # (D, V)
+    HEAD: COLUMNS,  # (D, V)
 }
 LARGEST_COPY = 2**14  # elements that every device may hold without a rule that says so
 
@@ -103,6 +104,8 @@ class Sharding(keras.distribution.ModelParallel):
         """
         paths = [variable.path for variable in model.variables]
         for rule in self.rules:
+            if rule == HEAD and model.config.tie_embeddings:
+                continue  # the head is the embedding table
             if not any(re.fullmatch(rule, path) for path in paths):
                 raise ValueError(
                     f"sharding rule {rule!r} matches no variable of {model.name}: "

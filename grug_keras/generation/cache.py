@@ -41,9 +41,15 @@ class KeyValueCache:
         self.slots = [] if slots is None else list(slots)
         self._next = 0
 
-    def behind(self, mask):
-        """Returns the mask of a layer with this cache behind it."""
-        return CachedMask(mask.is_causal, mask.sliding_window, mask.segment_ids, cache=self)
+    def attach(self, mask):
+        """Returns the mask of a layer that brings this cache to it.
+
+        Raises:
+            ValueError: for documents in one row: a later token would see those before its own.
+        """
+        if mask.segment_ids is not None:
+            raise ValueError("it tells documents of one row apart")
+        return CachedMask(mask.is_causal, mask.sliding_window, cache=self)
 
     def update(self, key, value, mask):
         """Keeps keys and values, and returns all that the queries may look at.
@@ -58,8 +64,8 @@ class KeyValueCache:
         new = [keras.ops.transpose(x, (0, 2, 1, 3)) for x in (key, value)]
         if self.position is None:
             size = min(self.capacity, mask.sliding_window or self.capacity)
-            self.slots.append(tuple(_first(x, size, self.lengths) for x in new))
-            mask = ops.AttentionMask(mask.is_causal, mask.sliding_window, mask.segment_ids)
+            self.slots.append(tuple(_slot_of_prompts(x, size, self.lengths) for x in new))
+            mask = ops.AttentionMask(mask.is_causal, mask.sliding_window)
             return key, value, mask
         pair = tuple(
             _write(slot, x, self.position)
@@ -73,7 +79,7 @@ class KeyValueCache:
         return key, value, ops.AttentionMask(query_offset=self.position)
 
 
-def _first(x, size, lengths):
+def _slot_of_prompts(x, size, lengths):
     """The slot of a prompt: padded to `size`, or the last `size` positions of each row as a ring.
 
     What lies behind a row's length is not seen until it is overwritten.

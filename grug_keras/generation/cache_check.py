@@ -1,5 +1,6 @@
 """Whether a cache of keys and values gives what the whole model does."""
 
+import re
 import warnings
 
 from grug_keras.attention import CausalSelfAttention
@@ -10,18 +11,23 @@ from grug_keras.model import Grugformer
 from keras import ops
 import numpy as np
 
-LOOK_BACK = 256  # a dependence on earlier tokens that reaches further is not found
+LOOK_BACK = 256  # tokens before the one that is compared, at least, where the context holds them
+SPARE = 16  # room behind the token, as there is while text is made: it must not be seen
 
 
-def suits_cache(model):
+def suits_cache(model, longest):
     """Tells whether one token after a cache gives the numbers of the whole model.
 
     The core's own parts do. A changed block, attention, MLP or model is tried, on random tokens
     and with the weights of now: a gate that is zero when training starts hides what it does. If
     it does not, a warning says so, once for each model.
 
+    What it cannot find: a dependence on earlier tokens that only some ids have, or on other rows
+    of the batch.
+
     Args:
         model: built `Grugformer`.
+        longest: int, the tokens that a row may have.
 
     Returns:
         bool.
@@ -29,7 +35,7 @@ def suits_cache(model):
     if _is_core(model):
         return True
     try:
-        error = _error(model)
+        error = _error(model, longest)
         bound = 1e-4 if model.compute_dtype in ("float32", "float64") else 5e-2
         why = f"its numbers differ by {error:.1g} of their size" if not error <= bound else None
     except Exception as raised:  # of a hook that has met no cache, or no single token, before
@@ -46,7 +52,8 @@ def suits_cache(model):
 
 def _reason(raised):
     """An error in one line: what Keras has wrapped it in comes first, and is left out."""
-    lines = [line.strip() for line in str(raised).splitlines() if line.strip()]
+    text = re.sub(r"\x1b\[\d+m", "", str(raised))  # Keras prints it in bold
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith("Exception encountered")]
     return f"{type(raised).__name__}: {lines[0] if lines else ''}"
 
@@ -69,10 +76,10 @@ def _changed(model):
     return names[-1] if names else type(model).__name__
 
 
-def _error(model):
+def _error(model, longest):
     """The greatest difference of a hidden state, relative to the root of their mean square."""
     config = model.config
-    length = min(config.max_seq_len, LOOK_BACK)
+    length = min(config.max_seq_len, max(longest, LOOK_BACK))
     if length < 2:
         return np.inf
     rng = np.random.default_rng(0)
@@ -86,7 +93,7 @@ def _error(model):
 
     whole = compiled(model, ("last hidden",), make)(ops.convert_to_tensor(tokens))
     before = ops.convert_to_tensor([length - 1], dtype="int32")
-    slots = read_prompts(model, ops.convert_to_tensor(tokens[:, :-1]), before, length)
+    slots = read_prompts(model, ops.convert_to_tensor(tokens[:, :-1]), before, length + SPARE)
     last = ops.convert_to_tensor(tokens[:, -1])
     step = compiled(model, ("one step",), make_step)(last, slots, before)
     whole, step = (ops.convert_to_numpy(ops.cast(x, "float32")) for x in (whole, step))

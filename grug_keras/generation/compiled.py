@@ -18,6 +18,8 @@ def compiled(model, key, make):
     Returns:
         Function of the same arguments.
     """
+    if keras.config.backend() == "jax":
+        model.jax_state_sync()  # while `fit` runs, the weights are not in the model
     variables = list(model.variables)
     # Past Keras, which would track the variables once more; with the model it is forgotten.
     functions = vars(model).setdefault("_compiled_functions", {})

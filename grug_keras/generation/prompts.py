@@ -21,6 +21,11 @@ class Prompts:
     lengths: np.ndarray
     number: int
 
+    @property
+    def last_tokens(self):
+        """int32 array `(B,)`, the last of each row."""
+        return self.tokens[np.arange(len(self.tokens)), self.lengths - 1]
+
 
 def pad_prompts(config, rows, name="prompts"):
     """Checks rows of token ids and pads them.
@@ -54,7 +59,8 @@ def check_rows(config, rows, name, longest=None):
     """
     if keras.ops.is_tensor(rows):
         rows = keras.ops.convert_to_numpy(rows)
-    if isinstance(rows, str | bytes) or not hasattr(rows, "__len__") or not len(rows):
+    is_list = hasattr(rows, "__len__") and not isinstance(rows, str | bytes)
+    if not is_list or getattr(rows, "ndim", 1) == 0 or not len(rows):
         raise ValueError(f"{name} must be a list of rows of token ids, got {rows!r}")
     longest = config.max_seq_len if longest is None else longest
     return [_check_row(config, row, f"{name}[{i}]", longest) for i, row in enumerate(rows)]
@@ -67,7 +73,10 @@ def _check_row(config, row, name, longest):
         raise ValueError(
             f"{name} must be a row of token ids, got {row!r}; a tokenizer's encode() makes one"
         )
-    ids = np.asarray(row)
+    try:
+        ids = np.asarray(row)
+    except ValueError:  # rows in the row
+        ids = np.asarray(row, dtype=object)
     if not ids.size:
         raise ValueError(f"{name} is empty: give at least one token, such as tokenizer.bos_id")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from numbers import Real
 
 import keras
 
@@ -18,8 +19,19 @@ def find_sampler(sampler):
     """
     if isinstance(sampler, str):
         return _named(sampler)
-    if not callable(getattr(sampler, "get_next_token", None)):
+    _named("greedy")  # imports KerasHub quietly
+    import keras_hub
+
+    if not isinstance(sampler, keras_hub.samplers.Sampler):
         raise ValueError(f"sampler must be a sampler of keras_hub or its name, got {sampler!r}")
+    is_beam = isinstance(sampler, keras_hub.samplers.BeamSampler)
+    if is_beam and sampler.return_all_beams:
+        raise ValueError("sampler: return_all_beams=True is not supported, one row comes back")
+    if not (is_beam or draws_token_by_token(sampler)):
+        raise ValueError(
+            f"sampler={type(sampler).__name__} has a loop of its own, and no other than that of "
+            "beam search is supported"
+        )
     temperature = getattr(sampler, "temperature", 1.0)
     if not 0 < temperature < math.inf:
         raise ValueError(
@@ -53,7 +65,7 @@ def nucleus(vocab_size, temperature):
     Raises:
         ValueError: for such a temperature.
     """
-    if isinstance(temperature, bool) or not 0 <= temperature < math.inf:
+    if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     greedy = _named("greedy")
     if temperature == 0:
@@ -61,6 +73,14 @@ def nucleus(vocab_size, temperature):
     import keras_hub
 
     return keras_hub.samplers.TopPSampler(p=0.95, k=min(50, vocab_size), temperature=temperature)
+
+
+def key_of(sampler):
+    """Returns what a program depends on of a sampler: equal ones of KerasHub share one."""
+    held = {k: v for k, v in vars(sampler).items() if isinstance(v, int | float | str | None)}
+    held.pop("seed", None)  # an argument of the program
+    is_theirs = type(sampler).__module__.startswith("keras_hub.")
+    return (type(sampler) if is_theirs else sampler, tuple(sorted(held.items(), key=repr)))
 
 
 def draws_token_by_token(sampler):
@@ -72,7 +92,7 @@ def draws_token_by_token(sampler):
 def seeds_of(sampler, seed):
     """Returns the state of a sampler's random numbers, from a seed: a list of tensors."""
     return [
-        keras.ops.convert_to_tensor([seed % 2**32, i], dtype=variable.dtype)
+        keras.ops.convert_to_tensor([int(seed), i], dtype=variable.dtype)
         for i, variable in enumerate(sampler.variables)
     ]
 
@@ -97,7 +117,7 @@ def draw(sampler, seeds, logits):
     Returns:
         int32 tensor `(B,)` and the next seeds.
     """
-    if sampler is _named("greedy"):
+    if type(sampler) is type(_named("greedy")):
         return _likeliest(logits), seeds
     given = list(zip(sampler.variables, seeds, strict=True))
     with keras.StatelessScope(state_mapping=given) as scope:

@@ -48,6 +48,10 @@ def stream_text(model, tokenizer, prompt=b"", *, every=8, **options):
 
 
 def _stream(model, tokenizer, prompt, *, every, length=200, temperature=0.8, seed=0, stop=()):
+    if not isinstance(prompt, bytes):
+        raise ValueError(f"prompt must be bytes, got {prompt!r}")
+    if not isinstance(stop, list | tuple) or not all(isinstance(s, bytes) and s for s in stop):
+        raise ValueError(f"stop must be a list of bytes, none of them empty, got {stop!r}")
     sampler = nucleus(tokenizer.vocab_size, temperature)
     start = [tokenizer.bos_id, *(tokenizer.encode(prompt) if prompt else ())]
     room = model.config.max_seq_len - len(start)
@@ -57,7 +61,7 @@ def _stream(model, tokenizer, prompt, *, every, length=200, temperature=0.8, see
             f"and max_seq_len={model.config.max_seq_len}, got {length}"
         )
     # ids past the tokenizer's pad the head to a round size and mean nothing
-    options = {"stop": tokenizer.bos_id, "seed": seed, "vocab_size": tokenizer.vocab_size}
+    options = {"stop": tokenizer.bos_id, "seed": seed % 2**31, "vocab_size": tokenizer.vocab_size}
     held = max((len(text) for text in stop), default=1) - 1  # it may be the start of a stop
     ids, sent = np.zeros(0, dtype="int32"), 0
     for (row,) in stream(model, [start], length, sampler=sampler, every=every, **options):

@@ -19,9 +19,11 @@ NO_NUMBERS = (
     "report.py",
     "restart.py",
     "sampling.py",
+    "script_module.py",
     "segments.py",
     "sinks.py",
     "startup.py",
+    "trained.py",
 )
 _DIGITS = 16
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -56,6 +56,8 @@ def load_trained(path):
         return Trained(*load_hf(folder), record=None, name=pathlib.Path(folder).resolve().name)
     path = pathlib.Path(path)
     if path.suffix == ".keras":
+        if path.name != "model.keras":
+            raise ValueError(f"{path}: the model of a run is its model.keras, or give its folder")
         path = path.parent
     folder = RunFolder(path)
     if not path.is_dir():

@@ -62,12 +62,17 @@ def _score(model, tokens):
     """Scores padded rows `(B, S)`: two tensors `(B, S - 1)`, by slices of the logits."""
     hidden, labels = model(tokens[:, :-1], training=False), tokens[:, 1:]
     B, S = labels.shape
-    width = max(1, LOGITS // (B * model.config.vocab_size))
-    parts = [
-        _score_slice(model.head(hidden[:, i : i + width]), labels[:, i : i + width])
-        for i in range(0, S, width)
-    ]
-    return tuple(ops.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+    size = min(B * S, max(1, LOGITS // model.config.vocab_size))
+    count = -(-B * S // size)
+    rest = count * size - B * S
+    hidden = ops.pad(ops.reshape(hidden, (B * S, -1)), ((0, rest), (0, 0)))
+    labels = ops.pad(ops.reshape(labels, (B * S,)), ((0, rest),))
+    # A loop: XLA computes the slices of a list side by side, and so holds all of their logits.
+    parts = ops.map(
+        lambda part: _score_slice(model.head(part[0]), part[1]),
+        (ops.reshape(hidden, (count, size, -1)), ops.reshape(labels, (count, size))),
+    )
+    return tuple(ops.reshape(ops.reshape(part, (-1,))[: B * S], (B, S)) for part in parts)
 
 
 def _score_slice(logits, labels):

@@ -96,11 +96,11 @@ class AttentionMask:
         Returns:
             Bool tensor `(B, S, T)` with segment ids or an offset by row, else `(S, T)`.
         """
-        query = ops.arange(q_len)[:, None]
+        query = ops.arange(q_len, dtype="int32")[:, None]
         if has_offset(self):
             offset = ops.cast(self.query_offset, "int32")
             query = query + (offset if len(offset.shape) == 0 else offset[:, None, None])
-        key = ops.arange(kv_len)[None, :]
+        key = ops.arange(kv_len, dtype="int32")[None, :]
         allowed = ops.ones((q_len, kv_len), dtype="bool")
         if self.is_causal:
             allowed = ops.logical_and(allowed, key <= query)

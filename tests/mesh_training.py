@@ -75,7 +75,9 @@ def train(policy, remat, optimizer, parts, tied=False):
     """The loss of every step."""
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(policy)
-    model = Grugformer(GrugConfig(**{**vars(CONFIG), "remat": remat, "tie_embeddings": tied}), SinkBlock)
+    model = Grugformer(
+        GrugConfig(**{**vars(CONFIG), "remat": remat, "tie_embeddings": tied}), SinkBlock
+    )
     model.compile(OPTIMIZERS[optimizer](), accumulate=parts)
     losses = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda _, logs: found.append(float(logs["batch_loss"]))

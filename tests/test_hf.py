@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from grug_keras.hf import export_hf, load_hf, load_model
 from grug_keras.hf.names import variables_by_path
 from grug_keras.hf.read_config import read_config
 from grug_keras.training.identity import run_identity
+from grug_keras.training.trained import Trained
 import keras
 import numpy as np
 import pytest
@@ -469,6 +471,9 @@ BAD_KEYS = [
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     ({"model_type": "qwen3"}, r"architectures=\['LlamaForCausalLM'\] is not of model_type='qwen3'"),
     ({"hidden_size": None}, "hidden_size is missing"),
+    ({"architectures": 3}, ""),
+    ({"rope_scaling": {"type": ["linear"], "factor": 2.0}}, ""),
+    ({"num_key_value_heads": 0}, "num_kv_heads must be a positive integer, got 0"),
     ({"num_hidden_layers": "3"}, "num_layers must be a positive integer, got '3'"),
 ]
 
@@ -691,3 +696,44 @@ def test_weights_are_sharded_on_a_mesh(exported):
 
 def test_from_hf_is_a_model_of_its_folder(exported, bytes_model):
     assert same(values(Grugformer.from_hf(exported)), values(bytes_model))
+
+
+def test_weights_that_were_exported_anew_are_read_anew(exported, tmp_path):
+    from grug_keras.training.initial_weights import find_initial
+
+    folder = tmp_path / "out"
+    shutil.copytree(exported, folder)
+    first = find_initial(f"hf:{folder}")
+    was = first.sha256
+    assert find_initial(f"hf:{folder}") is first
+    content = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(content + " ")
+    assert find_initial(f"hf:{folder}").sha256 != was
+
+
+def test_what_a_checkpoint_from_elsewhere_loses_is_said(exported, tmp_path, caplog):
+    trained = Trained(*load_hf(exported), record=None, name="chat")
+    export_hf(trained, tmp_path / "out")
+    assert "the chat template, the end tokens" in caplog.text
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "the chat template" in card
+    assert "written by grug_keras from another folder. The licence of the first weights" in card
+
+
+@pytest.mark.parametrize("place", ["link", "here", "left"])
+def test_an_out_that_cannot_be_replaced_is_refused_first(exported, tmp_path, monkeypatch, place):
+    out = tmp_path / "out"
+    if place == "link":
+        out.symlink_to(tmp_path / "elsewhere")
+    elif place == "left":
+        (tmp_path / ".out.0123.partial").mkdir()
+    else:
+        out.mkdir()
+        monkeypatch.chdir(out)
+        out = pathlib.Path()
+    trained = Trained(*load_hf(exported), record=None, name="a")
+    before = sorted(tmp_path.rglob("*"))
+    message = "was left by a process" if place == "left" else "is a link, a mount or the working"
+    with pytest.raises(ValueError, match=message):
+        export_hf(trained, out)
+    assert sorted(tmp_path.rglob("*")) == before

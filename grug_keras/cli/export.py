@@ -21,8 +21,10 @@ def export(run, target, out):
     keras_hub    a preset: keras_hub.models.CausalLM.from_preset
     saved_model, onnx, litert, torch   the logits as a program, with KERAS_BACKEND as it needs
     """
+    from grug_keras.data.new_folder import check_new
     from grug_keras.training.trained import load_trained
 
+    check_new(out)
     if target not in ("hf", "keras_hub"):
         from grug_keras.export import export_keras, find_format
 

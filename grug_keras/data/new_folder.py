@@ -1,6 +1,7 @@
 """A folder that appears whole or not at all."""
 
 import contextlib
+import glob
 import pathlib
 import shutil
 import uuid
@@ -26,9 +27,7 @@ def new_folder(out):
     >>> with new_folder("out") as folder:
     ...     (folder / "config.json").write_text("{}")
     """
-    out = pathlib.Path(out).expanduser().absolute()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"out={str(out)!r} is there already: name a new folder")
+    out = check_new(out)
     beside = out.with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
     try:
         beside.mkdir(parents=True)
@@ -43,3 +42,24 @@ def new_folder(out):
         shutil.rmtree(beside, ignore_errors=True)
         raise
     sync_folder(out.parent)
+
+
+def check_new(out):
+    """Returns the absolute path of a folder that can be made, or that is empty.
+
+    Args:
+        out: path.
+
+    Raises:
+        ValueError: if there is something, or a place that cannot be replaced.
+    """
+    path = pathlib.Path(out).expanduser().absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"out={str(path)!r} is there already: name a new folder")
+    if path.is_symlink() or path.is_mount() or path.resolve() == pathlib.Path.cwd().resolve():
+        raise ValueError(
+            f"out={str(path)!r} is a link, a mount or the working folder: name a new folder in it"
+        )
+    if left := sorted(path.parent.glob(f".{glob.escape(path.name)}.*.partial")):
+        raise ValueError(f"{left[0]} was left by a process that was killed: delete it")
+    return path

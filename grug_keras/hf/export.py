@@ -36,10 +36,16 @@ def export_hf(trained, out, shard_bytes=SHARD_BYTES):
     config = config_json(model.config, model.windows, dtype, tokenizer.bos_id)
     files = tokenizer_files(tokenizer, model.config.max_seq_len)
     left_out = []
+    if trained.record is None or trained.record.get("init"):
+        left_out.append(
+            "Of the folder that the weights came from, the chat template, the end tokens and the "
+            "defaults of generation are left out; special tokens in a text are text."
+        )
     if files is None:
         kind = type(tokenizer).__name__
         left_out.append(f"No tokenizer: a {kind} cannot be written as a tokenizer.json.")
-        logger.warning("%s: %s", out, left_out[0])
+    for what in left_out:
+        logger.warning("%s: %s", out, what)
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id}
     with new_folder(out) as folder:
         index = write_weights(model, folder, shard_bytes)
@@ -48,5 +54,5 @@ def export_hf(trained, out, shard_bytes=SHARD_BYTES):
             contents["model.safetensors.index.json"] = index
         for name, content in contents.items():
             write_json(folder / name, content)
-        card = model_card(trained, config, left_out)
+        card = model_card(trained, config, left_out, has_tokenizer=files is not None)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,15 +1,22 @@
 """The model card: what a run measured, in the words of its record."""
 
+import pathlib
 
-def model_card(trained, config, left_out):
+
+def model_card(trained, config, left_out, has_tokenizer):
     """Returns the text of `README.md`.
 
     Args:
         trained: `Trained`, whose record may be None.
         config: dict, content of `config.json`.
         left_out: list of str, what is not in the folder, and why.
+        has_tokenizer: bool.
     """
     record = trained.record or {}
+    made = "trained with grug_keras" if record else "written by grug_keras from another folder"
+    licence = "The licence is not chosen yet: set `license` above."
+    if not record or record.get("init"):
+        licence = "The licence of the first weights binds these: set `license` above."
     lines = [
         "---",
         "library_name: transformers",
@@ -20,8 +27,7 @@ def model_card(trained, config, left_out):
         "",
         f"# {trained.name}",
         "",
-        f"A {config['architectures'][0]} of {_count(trained.model)} parameters, trained with "
-        "grug_keras. The licence is not chosen yet: set `license` above.",
+        f"A {config['architectures'][0]} of {_count(trained.model)} parameters, {made}. {licence}",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -32,25 +38,33 @@ def model_card(trained, config, left_out):
         "",
         *_figures(record),
         *(f"- {what}" for what in left_out),
-        "- Text begins with the document start, which the tokenizer adds; it ends a text as well.",
-        f"- {config['vocab_size']} rows in the embedding: ids that the tokenizer does not have pad "
-        "it, and were never trained.",
+        *_about_tokens(trained, config, has_tokenizer),
         "",
     ]
     return "\n".join(lines)
+
+
+def _about_tokens(trained, config, has_tokenizer):
+    if has_tokenizer:
+        yield "- Text begins with the document start, which the tokenizer adds; it ends one too."
+    if trained.record and config["vocab_size"] > trained.tokenizer.vocab_size:
+        yield (
+            f"- {config['vocab_size']} rows in the embedding: ids that the tokenizer does not have "
+            "pad it, and were never a label."
+        )
 
 
 def _figures(record):
     """Returns a table of what the record says, list of lines."""
     rows = {
         "bits per byte": _score(record),
-        "loss, nats per token": record.get("loss"),
+        "loss, nats per token": f"{record['loss']:.4f}" if record.get("loss") else None,
         "tokens": f"{record['tokens']:,}" if record.get("tokens") else None,
         "steps": record.get("steps"),
         "size": record.get("size"),
         "data": (record.get("data") or {}).get("name"),
         "script": record.get("experiment"),
-        "first weights": (record.get("init") or {}).get("name"),
+        "first weights": pathlib.PurePath((record.get("init") or {}).get("name") or "").name,
         "commit": _commit(record),
         "run": record.get("id"),
         "identity": record.get("identity"),

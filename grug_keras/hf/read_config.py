@@ -88,7 +88,7 @@ def read_config(folder):
     keys = read_json(path)
     try:
         return _grug_config(keys)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -117,9 +117,10 @@ def _grug_config(keys):
     if missing:
         raise ValueError(f"{missing[0]} is missing")
     theta, scaling = _rope(keys)
+    kv_heads = keys.get("num_key_value_heads")
     return GrugConfig(
         **{field: keys[key] for key, field in _REQUIRED.items()},
-        num_kv_heads=keys.get("num_key_value_heads") or keys["num_attention_heads"],
+        num_kv_heads=keys["num_attention_heads"] if kv_heads is None else kv_heads,
         head_dim=keys.get("head_dim"),
         rms_norm_eps=keys.get("rms_norm_eps", 1e-6),
         rope_theta=theta,
@@ -198,7 +199,9 @@ def _windows(keys, family):
         return None
     if family == "mistral":
         return window
-    if not keys.get("use_sliding_window", False):
+    if (is_used := keys.get("use_sliding_window")) not in (True, False, None):
+        raise ValueError(f"use_sliding_window must be true or false, got {is_used!r}")
+    if not is_used:
         return None
     first = keys.get("max_window_layers", 28)
     default = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+import os
 import pathlib
 
 from grug_keras.hf.names import EMBEDDING, HEAD, variables_by_path, weight_names
@@ -90,10 +91,10 @@ class WeightFiles:
                 slices = {name: file.get_slice(name) for name in found}
                 shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
                 dtypes = {name: s.get_dtype() for name, s in slices.items()}
-        except FileNotFoundError:
-            raise ValueError(f"{path} is missing, which {_INDEX} names") from None
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is cut off or no safetensors file: {error}") from None
+        for name in sorted(shapes.keys() - names if names else ()):
+            raise ValueError(f"{path} has a tensor {name} that {_INDEX} does not place there")
         for name in sorted((names or set()) - shapes.keys()):
             raise ValueError(f"{path} has no {name}, which {_INDEX} says it has")
         for name in sorted(shapes.keys() if names is None else names):
@@ -146,9 +147,13 @@ def _files(folder):
         raise ValueError(f"{folder / _INDEX}: weight_map is missing")
     files = {}
     for name, file in places.items():
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+        is_name = isinstance(file, str) and pathlib.PurePath(file).name == file
+        if not is_name or file in ("", ".."):
             raise ValueError(f"{folder / _INDEX}: {file!r} of {name} is not a file of the folder")
         files.setdefault(file, set()).add(name)
+    for file in files:
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder / file} is missing, which {_INDEX} names")
     return files
 
 
@@ -174,10 +179,18 @@ def write_weights(model, folder, shard_bytes):
             tensors[name] = np.ascontiguousarray(value.T if names[name].is_transposed else value)
             places[name] = file
         safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+        _settle(folder / file)
     if not shards[1:]:
         return None
     total = sum(_bytes(variables[weight.path]) for weight in names.values())
     return {"metadata": {"total_size": total}, "weight_map": places}
+
+
+def _settle(path):
+    """Gives a file the rights of its neighbours, and waits until it is on the disk."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _shards(sizes, most):

@@ -76,7 +76,7 @@ class GrugCausalLM(keras_hub.models.CausalLM):
 
     def make_generate_function(self):
         """Returns the compiled function of a batch, which checks the batch first."""
-        runs_cached = suits_cache(self.backbone.grugformer)
+        runs_cached = suits_cache(self.backbone.grugformer, self.backbone.config.max_seq_len)
         if runs_cached != self._runs_cached:
             self._runs_cached, self.generate_function = runs_cached, None
         generate = super().make_generate_function()

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import logging
+import pathlib
 
 from grug_keras.config import GrugConfig
 from grug_keras.hf.load import hf_folder, tokenizer_path
@@ -14,9 +15,9 @@ from grug_keras.training.folder import RunFolder
 logger = logging.getLogger("grug_keras.training")
 
 _HF = "hf:"
+_FILES = (".json", ".safetensors", ".keras")  # whose content makes a model
 
 
-@functools.cache
 def find_initial(init):
     """Returns what a run begins from, or None: its weights are drawn.
 
@@ -32,6 +33,15 @@ def find_initial(init):
     """
     if init is None:
         return None
+    folder = pathlib.Path(init.removeprefix(_HF)).expanduser()
+    files = [file for file in folder.glob("*") if file.suffix in _FILES]
+    states = [(str(f.resolve()), f.stat().st_mtime_ns, f.stat().st_size) for f in files]
+    return _read(init, tuple(sorted(states)))
+
+
+@functools.lru_cache(maxsize=8)
+def _read(init, states):
+    """As `find_initial`, once for each state of the files."""
     return HuggingFaceWeights(init) if init.startswith(_HF) else WeightsOfRun(init)
 
 

@@ -25,6 +25,11 @@ STRETCHED = {
 }  # fmt: skip
 
 
+def slow_on_tensorflow(test):
+    """XLA compiles each of these for seconds there; JAX and PyTorch tell what they prove."""
+    return pytest.mark.slow(test) if keras.config.backend() == "tensorflow" else test
+
+
 class SinkAttention(CausalSelfAttention):
     def build(self, input_shape):
         super().build(input_shape)
@@ -50,8 +55,9 @@ def model():
     return build()
 
 
+@pytest.mark.slow
 def test_what_is_added_to_keys_and_values_by_token_needs_no_fallback():
-    """`trunk` gives each block embeddings of the tokens besides."""
+    """`trunk` gives each block embeddings of the tokens besides; no fast test's model does."""
     script = load_speedrun(DEPTH / "value_embeddings.py")
     model = build(model_class=lambda config: script.build_model(config))
     with warnings.catch_warnings():
@@ -116,6 +122,7 @@ def test_greedy_rows_of_unequal_prompts_are_those_of_the_whole_model(model):
     assert [np.concatenate(row).tolist() for row in zip(*parts, strict=True)] == want
 
 
+@slow_on_tensorflow
 def test_a_long_prompt_is_read_by_the_blocks_of_training():
     """Above 256 positions attention is another implementation, which takes rules, not a cache."""
     model = build(dataclasses.replace(CONFIG, max_seq_len=512, sliding_window=(None, 40)))
@@ -135,6 +142,7 @@ def test_a_row_ends_before_its_stop_token(model):
     assert len(parts) == max(ends) + 1  # and not for the row that pads the batch
 
 
+@slow_on_tensorflow
 def test_samplers_are_seeded_and_the_given_object_is_too(model):
     sampler = nucleus(61, 0.9)
     first, again, other = (
@@ -150,6 +158,7 @@ def test_samplers_are_seeded_and_the_given_object_is_too(model):
     np.testing.assert_allclose(found, share, atol=4 * np.sqrt(0.25 / 64))
 
 
+@slow_on_tensorflow
 def test_a_sampler_that_is_changed_counts_and_an_equal_one_compiles_nothing(model, monkeypatch):
     import keras_hub
 
@@ -165,12 +174,14 @@ def test_a_sampler_that_is_changed_counts_and_an_equal_one_compiles_nothing(mode
     assert not traced or keras.config.backend() == "torch"
 
 
+@slow_on_tensorflow
 def test_a_context_that_is_no_power_of_two_is_used_whole():
     model = build(dataclasses.replace(CONFIG, max_seq_len=100))
     prompt = (np.arange(70) * 7 % 61).tolist()
     assert model.generate([prompt], 30)[0].tolist() == greedy(model, prompt, 30)
 
 
+@slow_on_tensorflow
 def test_weights_are_those_of_now_in_a_callback_of_fit():
     model = build(seed=2)
     model.compile(keras.optimizers.SGD(0.5))
@@ -187,6 +198,7 @@ def test_weights_are_those_of_now_in_a_callback_of_fit():
     assert not np.allclose(found[0][1], found[1][1])
 
 
+@slow_on_tensorflow
 def test_scores_hold_a_slice_of_the_logits(model, rng, monkeypatch):
     monkeypatch.setattr("grug_keras.generation.log_likelihoods.LOGITS", 61 * 7)
     rows = rng.integers(0, 61, (3, 20))
@@ -227,6 +239,7 @@ def test_beams_find_the_likeliest_rows():
         stream(model, [[1]], 2, sampler=sampler)
 
 
+@slow_on_tensorflow
 def test_a_model_that_no_cache_suits_runs_whole_and_says_so_once():
     script = load_speedrun(DEPTH / "hashed_bigrams.py")
     model = build(model_class=lambda config: script.build_model(config))
@@ -288,12 +301,13 @@ class ByToken(Grugformer):
         return super().call(inputs, training=training, cache=cache)
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize(
     ("options", "changes"),
     [
         ({"block_class": BottomRightBlock}, {}),
         ({"block_class": NarrowBlock}, {"sliding_window": 12}),
-        ({"model_class": ByToken}, {}),
+        pytest.param({"model_class": ByToken}, {}, marks=pytest.mark.slow),
     ],
     ids=["own mask", "own window", "documents"],
 )
@@ -305,6 +319,7 @@ def test_what_is_right_for_the_prompt_alone_is_not_trusted(options, changes):
     assert found[0].tolist() == greedy(model, prompt, 8)
 
 
+@slow_on_tensorflow
 def test_a_gate_that_opens_later_is_seen():
     model = build(block_class=Shift)
     with warnings.catch_warnings():
@@ -317,6 +332,7 @@ def test_a_gate_that_opens_later_is_seen():
     assert found[0].tolist() == greedy(model, [1, 2], 5)
 
 
+@slow_on_tensorflow
 def test_other_weights_count_and_other_prompts_of_a_bucket_compile_nothing(model, monkeypatch):
     if keras.config.backend() == "torch":
         pytest.skip("PyTorch compiles nothing here")
@@ -335,6 +351,7 @@ def test_other_weights_count_and_other_prompts_of_a_bucket_compile_nothing(model
     assert before != model.generate([[1, 2, 3]], 6)[0].tolist()
 
 
+@slow_on_tensorflow
 def test_a_quantized_model_generates_as_it_scores():
     model = build(dataclasses.replace(CONFIG, tie_embeddings=True))
     plain = model.generate([[1, 2]], 8)[0].tolist()

@@ -358,7 +358,7 @@ def test_validation_steps_and_batch_size(restart):
 SLOW = [pytest.mark.slow]
 WAYS = [
     pytest.param({"run_eagerly": True}, marks=SLOW if BACKEND == "jax" else [], id="eager"),
-    pytest.param({"jit_compile": False}, id="no jit"),
+    pytest.param({"jit_compile": False}, marks=SLOW if BACKEND == "jax" else [], id="no jit"),
     # PyTorch compiles for two minutes.
     pytest.param({"jit_compile": True}, marks=SLOW if BACKEND == "torch" else [], id="jit"),
 ]

@@ -118,25 +118,6 @@ def walker(tmp_path_factory):
     return Walker(tmp_path_factory.mktemp("walk"))
 
 
-def test_a_short_walk_from_an_idea_to_a_recorded_comparison(walker):
-    """Steps 2 and 3 of the recipe, with its commands; the whole of it is slow."""
-    name, text = "grugformer-small-walk", walker.clone.with_name("text.txt")
-    text.write_text("".join(f"{i} and {i + 1} make {2 * i + 1}.\n" for i in range(3000)))
-    walker("grug new small_walk --bucket mlp --purpose 'Half of the MLP.'")
-    script = walker.clone / "speedruns" / "grugformer_small_walk.py"
-    edit(script, "return super().call(x)", "return 0.5 * super().call(x)")
-    walker("git add -A && git commit -q -m 'Try it' && grug archive fill")
-    walker("git add -A && git commit -q -m 'Archive: its commit'")
-    options = f"--seeds 1 --same-rate -- --steps 3 --data {text} {TINY}"
-    told = walker(f"grug compare grugformer-starter-speedrun {name} {options}")
-    assert "B is " in told
-    walker(f"grug archive record runs/grugformer_starter-vs-{name.replace('-', '_')}-3-tokens")
-    assert "agrees with scripts, git and results" in walker("grug archive check")
-    assert re.match("better|worse|not shown", walker.entry(name).fields["Verdict"])
-    assert f"{name}:" not in walker("grug archive stale"), "it is of today's code"
-    walker("git add -A && git commit -q -m 'Measured'")
-
-
 @pytest.mark.slow
 def test_the_recipe_from_an_idea_to_a_deleted_experiment_that_runs_again(walker):
     steps, name = commands(), "grugformer-half-mlp"

@@ -133,7 +133,7 @@ def case(*values, slow=False, jax=False):
     [
         case(Block, "float32", 1),
         case(Block, "mixed_bfloat16", 1, slow=True),
-        case(EverySecond, "float32", 2, jax=True),
+        case(EverySecond, "float32", 2, jax=True, slow=True),
         case(LastAlone, "float32", 0, jax=True, slow=True),
         case(WithPenalty, "float32", 1),
         case(WithRegularizer, "float32", 1, slow=True),

@@ -312,7 +312,7 @@ def test_beams_without_a_cache_are_those_with_one(monkeypatch):
     lm = wrap(build(dataclasses.replace(CONFIG, sliding_window=3)))
     lm.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=3))
     found = lm.generate(["grug", "a tree"], max_length=16)
-    monkeypatch.setattr(hub.causal_lm, "suits_cache", lambda model: False)
+    monkeypatch.setattr(hub.causal_lm, "suits_cache", lambda model, longest: False)
     assert lm.generate(["grug", "a tree"], max_length=16) == found
 
 

@@ -71,9 +71,14 @@ def beside_keras_hub(size, rows):
     V, D, F, L, N, S = SHAPES[size]
     ours = grugformer(SHAPES[size])
     backbone = keras_hub.models.LlamaBackbone(
-        vocabulary_size=V, num_layers=L, num_query_heads=N, hidden_dim=D, intermediate_dim=F,
-        num_key_value_heads=N, layer_norm_epsilon=1e-5,
-    )  # fmt: skip
+        vocabulary_size=V,
+        num_layers=L,
+        num_query_heads=N,
+        hidden_dim=D,
+        intermediate_dim=F,
+        num_key_value_heads=N,
+        layer_norm_epsilon=1e-5,
+    )
     theirs = keras_hub.models.LlamaCausalLM(backbone=backbone, preprocessor=None)
     theirs.compile(sampler="greedy")
     prompts = np.random.default_rng(0).integers(0, V, (rows, PROMPT), dtype="int32")

@@ -105,11 +105,9 @@ class CausalSelfAttention(GrugLayer):
             positions = np.arange(length) if is_known else keras.ops.arange(length, dtype="int32")
             if getattr(mask, "segment_ids", None) is not None:
                 positions = ops.document_positions(mask.segment_ids[0])
-        config = self.config
-        options = {"theta": config.rope_theta, "scaling": config.rope_scaling}
-        return tuple(
-            ops.rotary_embedding(t, positions, num_positions=bound, **options) for t in (q, k)
-        )
+        theta, scaling = self.config.rope_theta, self.config.rope_scaling
+        options = {"theta": theta, "scaling": scaling, "num_positions": bound}
+        return tuple(ops.rotary_embedding(t, positions, **options) for t in (q, k))
 
     def attend(self, q, k, v, mask):
         """Mixes values across positions; the place to try a change.

@@ -37,6 +37,8 @@ class LMHead(GrugLayer):
 
     def __init__(self, config, table=None, **kwargs):
         super().__init__(config, **kwargs)
+        if self.config.tie_embeddings and table is None:
+            raise ValueError("tie_embeddings=True: the head needs table, a function that gives it")
         self._table = table
 
     @property

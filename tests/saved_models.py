@@ -9,8 +9,9 @@ import gc
 import pathlib
 import sys
 
-from grug_keras import GrugConfig, Grugformer
+from grug_keras import GrugConfig
 import keras
+from models import logits_of, seeded_model
 import numpy as np
 
 CONFIG = GrugConfig(
@@ -35,9 +36,7 @@ KINDS = {
 def make(kind, trained=True):
     """Returns a model of a kind; `trained` sets what a new one has at zero."""
     fields, arguments = KINDS[kind]
-    keras.utils.set_random_seed(0)
-    model = Grugformer(dataclasses.replace(CONFIG, **fields), **arguments)
-    model.build()
+    model = seeded_model(dataclasses.replace(CONFIG, **fields), **arguments)
     if kind == "lora" and trained:
         add_lora(model)
     if kind == "int8":
@@ -64,7 +63,7 @@ def quantize(model):
 
 
 def logits(model):
-    return keras.ops.convert_to_numpy(keras.ops.cast(model.logits(IDS), "float32"))
+    return logits_of(model, IDS)
 
 
 def write(folder, kinds=KINDS):

@@ -33,6 +33,7 @@ from grug_keras.training.folder import RunFolder
 from grug_keras.training.record import is_sealed, seal
 from grug_keras.training.trained import load_trained
 import keras
+from models import seeded_model
 import numpy as np
 import pytest
 import scratch
@@ -50,10 +51,7 @@ def model():
         **{"vocab_size": 259, "hidden_dim": 16, "intermediate_dim": 24, "num_layers": 1},
         **{"num_heads": 1, "num_kv_heads": 1, "max_seq_len": 12, "initializer_std": 0.3},
     )
-    keras.utils.set_random_seed(0)
-    model = grug_keras.Grugformer(config)
-    model.build()
-    return model
+    return seeded_model(config)
 
 
 def oracle_bits(model, tokens):
@@ -152,8 +150,22 @@ def test_one_file_has_no_error_and_singles_have_the_usual_one(rng):
 def files():
     """Some files of the library, small ones with much in them."""
     root = sysconfig.get_path("stdlib")
-    names = ("textwrap", "json/decoder", "json/encoder", "json/scanner", "queue", "shlex", "sched",
-             "netrc", "gettext", "bdb", "cmd", "code", "email/header", "email/parser")  # fmt: skip
+    names = (
+        "textwrap",
+        "json/decoder",
+        "json/encoder",
+        "json/scanner",
+        "queue",
+        "shlex",
+        "sched",
+        "netrc",
+        "gettext",
+        "bdb",
+        "cmd",
+        "code",
+        "email/header",
+        "email/parser",
+    )
     return [(f"{name}.py", open(f"{root}/{name}.py", "rb").read()) for name in names]
 
 
@@ -393,8 +405,11 @@ def test_a_suite_holds_all_figures_and_says_what_is_left_out(pairs, library, mon
     assert json.loads(json.dumps(found)) == found
     assert found["figures"]["stdlib"]["parts"]["all bytes"]["value"] > 1, "the ends count"
     text = suite.as_text(found)
-    assert all(title.format(floor=5 if "first" in name else 0) in text
-               for name, title in suite.TITLES.items() if name in found["figures"])  # fmt: skip
+    assert all(
+        title.format(floor=5 if "first" in name else 0) in text
+        for name, title in suite.TITLES.items()
+        if name in found["figures"]
+    )
     monkeypatch.setattr(copying, "_SYMBOLS", b"")
     assert "copy and induction are left out" in suite.as_text(suite.run_suite(trained))
 
@@ -417,11 +432,21 @@ def test_the_leaderboard_shows_evaluations_and_ranks_as_before(tmp_path):
         results = ResultsFile(checkout.root, "grugformer-sink")
         for seed, score in enumerate([2.0, 2.1, 1.9]):
             for rate in (0.02, 0.01):
-                found = {"suite": {**SUITE, "figures": {
-                    **SUITE["figures"], "stdlib": {"value": score / rate, "error": 0.3, "n": 13},
-                }}, "tasks": {}}  # fmt: skip
-                changes = {"seed": seed, "bits_per_byte": score + rate,
-                           "recipe": {**base["recipe"], "learning_rate": rate}}  # fmt: skip
+                found = {
+                    "suite": {
+                        **SUITE,
+                        "figures": {
+                            **SUITE["figures"],
+                            "stdlib": {"value": score / rate, "error": 0.3, "n": 13},
+                        },
+                    },
+                    "tasks": {},
+                }
+                changes = {
+                    "seed": seed,
+                    "bits_per_byte": score + rate,
+                    "recipe": {**base["recipe"], "learning_rate": rate},
+                }
                 run = {**base, **changes, "evaluation": found if evaluate else None}
                 results.add_run(run, scratch.PATH)
         results.save()
@@ -579,9 +604,12 @@ def task_folder(tmp_path):
     kinds = {
         "choice": ("multiple_choice", 'doc_to_choice: "{{c}}"\nmetric_list: [{metric: acc}]'),
         "text": ("loglikelihood_rolling", "metric_list: [{metric: bits_per_byte}]"),
-        "made": ("generate_until", "metric_list: [{metric: exact_match}]\n"
-                 "generation_kwargs: {until: [e], max_gen_toks: 4}"),
-    }  # fmt: skip
+        "made": (
+            "generate_until",
+            "metric_list: [{metric: exact_match}]\n"
+            "generation_kwargs: {until: [e], max_gen_toks: 4}",
+        ),
+    }
     for name, (kind, rest) in kinds.items():
         target = "q" if name == "text" else "t"
         text = TASK.format(name=f"grug_{name}", data=data, kind=kind, target=target) + rest + "\n"

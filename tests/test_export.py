@@ -11,13 +11,14 @@ import subprocess
 import sys
 import types
 
-from grug_keras import Block, CausalSelfAttention, GrugConfig, Grugformer, ops
+from grug_keras import Block, CausalSelfAttention, GrugConfig, ops
 from grug_keras.export import FORMATS, export_keras, export_model
 from grug_keras.export.formats import Format, find_format
 from grug_keras.export.logits_model import logits_model, plain
 from grug_keras.ops import attention_dispatch
 from grug_keras.ops.attention_reference import reference_attention
 import keras
+from models import seeded_model
 import numpy as np
 import pytest
 import saved_models
@@ -42,10 +43,7 @@ to_numpy = keras.ops.convert_to_numpy
 
 
 def make(config=CONFIG, **options):
-    keras.utils.set_random_seed(0)
-    model = Grugformer(config, **options)
-    model.build()
-    return model
+    return seeded_model(config, **options)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from grug_keras.generation.compiled import compiled
 from grug_keras.generation.samplers import find_sampler, nucleus
 from grug_keras.generation.steps import next_logits, read_prompts
 import keras
+from models import logits_of, seeded_model
 import numpy as np
 import pytest
 
@@ -21,8 +22,11 @@ CONFIG = GrugConfig(
 )
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6, 5, 4, 3], [60]]
 STRETCHED = {
-    "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_seq_len": 16,
-}  # fmt: skip
+    "factor": 8,
+    "low_freq_factor": 1,
+    "high_freq_factor": 4,
+    "original_max_seq_len": 16,
+}
 
 
 def slow_on_tensorflow(test):
@@ -43,31 +47,13 @@ class SinkBlock(Block):
     attention_class = SinkAttention
 
 
-def build(config=CONFIG, model_class=Grugformer, seed=0, **options):
-    keras.utils.set_random_seed(seed)
-    model = model_class(config, **options)
-    model.build()
-    return model
+def build(config=CONFIG, **options):
+    return seeded_model(config, **options)
 
 
 @pytest.fixture(scope="module")
 def model():
     return build()
-
-
-@pytest.mark.slow
-def test_what_is_added_to_keys_and_values_by_token_needs_no_fallback():
-    """`trunk` gives each block embeddings of the tokens besides; no fast test's model does."""
-    script = load_speedrun(DEPTH / "value_embeddings.py")
-    model = build(model_class=lambda config: script.build_model(config))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        found = model.generate(PROMPTS[:1], 4)[0].tolist()
-    assert found == greedy(model, PROMPTS[0], 4)
-
-
-def logits_of(model, tokens):
-    return to_numpy(keras.ops.stop_gradient(model.logits(np.asarray(tokens, "int32"))))
 
 
 def greedy(model, prompt, count, vocab_size=None):
@@ -120,6 +106,17 @@ def test_greedy_rows_of_unequal_prompts_are_those_of_the_whole_model(model):
     parts = list(stream(model, PROMPTS, 12, every=5))
     assert [len(part[0]) for part in parts] == [5, 5, 2]
     assert [np.concatenate(row).tolist() for row in zip(*parts, strict=True)] == want
+
+
+@pytest.mark.slow
+def test_what_is_added_to_keys_and_values_by_token_needs_no_fallback():
+    """`trunk` gives each block embeddings of the tokens besides; no fast test's model does."""
+    script = load_speedrun(DEPTH / "value_embeddings.py")
+    model = build(model_class=script.build_model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = model.generate(PROMPTS[:1], 4)[0].tolist()
+    assert found == greedy(model, PROMPTS[0], 4)
 
 
 @slow_on_tensorflow
@@ -175,6 +172,27 @@ def test_a_sampler_that_is_changed_counts_and_an_equal_one_compiles_nothing(mode
 
 
 @slow_on_tensorflow
+def test_a_list_of_a_sampler_of_one_s_own_counts(model):
+    import keras_hub
+
+    class Without(keras_hub.samplers.GreedySampler):
+        def __init__(self, forbidden):
+            super().__init__()
+            self.forbidden = forbidden
+
+        def get_next_token(self, probabilities):
+            ids = np.zeros(probabilities.shape[-1], "float32")
+            ids[self.forbidden] = 1
+            return keras.ops.argmax(probabilities - ids, axis=-1)
+
+    sampler, found = Without([]), []
+    for _ in range(3):
+        found += model.generate([[1, 2]], 1, sampler=sampler)[0].tolist()
+        sampler.forbidden.append(found[-1])
+    assert found[0] == greedy(model, [1, 2], 1)[0]
+    assert len(set(found)) == 3
+
+
 def test_a_context_that_is_no_power_of_two_is_used_whole():
     model = build(dataclasses.replace(CONFIG, max_seq_len=100))
     prompt = (np.arange(70) * 7 % 61).tolist()
@@ -242,7 +260,7 @@ def test_beams_find_the_likeliest_rows():
 @slow_on_tensorflow
 def test_a_model_that_no_cache_suits_runs_whole_and_says_so_once():
     script = load_speedrun(DEPTH / "hashed_bigrams.py")
-    model = build(model_class=lambda config: script.build_model(config))
+    model = build(model_class=script.build_model)
     want = [greedy(model, prompt, 5) for prompt in PROMPTS]
     with pytest.warns(UserWarning, match="HashedBigrams cannot be run token by token"):
         found = model.generate(PROMPTS, 5)
@@ -264,6 +282,11 @@ class Shift(Block):
     def call(self, x, positions=None, attention_mask=None):
         before = keras.ops.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
         return super().call(x + self.share * before, positions, attention_mask)
+
+
+class Cold(Grugformer):
+    def logits(self, inputs):
+        return 2 * super().logits(inputs)
 
 
 class BottomRight(CausalSelfAttention):
@@ -334,8 +357,6 @@ def test_a_gate_that_opens_later_is_seen():
 
 @slow_on_tensorflow
 def test_other_weights_count_and_other_prompts_of_a_bucket_compile_nothing(model, monkeypatch):
-    if keras.config.backend() == "torch":
-        pytest.skip("PyTorch compiles nothing here")
     model = build(seed=1)
     traced = []
     call = Grugformer.call
@@ -346,7 +367,7 @@ def test_other_weights_count_and_other_prompts_of_a_bucket_compile_nothing(model
         variable.assign(variable * 0.5)
     after = model.generate([[4, 5]], 7, seed=3)[0].tolist()
     model.generate([[1, 2, 3]], 6)
-    assert len(traced) == count
+    assert len(traced) == count or keras.config.backend() == "torch"  # it runs eagerly
     assert after == greedy(model, [4, 5], 7)
     assert before != model.generate([[1, 2, 3]], 6)[0].tolist()
 
@@ -419,6 +440,8 @@ def test_what_cannot_be_scored_or_has_no_weights_is_refused(model):
     for method in (lambda m: m.generate([[1]], 2), lambda m: m.score([[1, 2]])):
         with pytest.raises(ValueError, match="has no weights yet"):
             method(Grugformer(CONFIG))
+        with pytest.raises(ValueError, match="Cold overrides logits, .*: override head instead"):
+            method(build(model_class=Cold))
     import keras_hub
 
     cold = keras_hub.samplers.TopKSampler(k=2, temperature=0)

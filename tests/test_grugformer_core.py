@@ -1,11 +1,13 @@
 """Masks, rotary embedding and configuration against their definitions."""
 
+import dataclasses
 import itertools
 
 from gradients import differentiated
-from grug_keras import CausalSelfAttention, GrugConfig, Grugformer, ops
+from grug_keras import CausalSelfAttention, GrugConfig, Grugformer, LMHead, ops
 from grug_keras.config import PRESETS
 from grug_keras.loss import next_token_loss
+from grug_keras.tpu.flops import flops_per_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import keras
@@ -14,6 +16,35 @@ import oracle
 import pytest
 
 to_numpy = keras.ops.convert_to_numpy
+
+
+# ----------------------------------------------------------------------------- tied weights
+
+
+def test_a_tied_table_moves_as_embedding_and_head_together(tiny_config, rng):
+    tied_config = dataclasses.replace(tiny_config, tie_embeddings=True)
+    models = Grugformer(tied_config), Grugformer(tiny_config)
+    tokens = rng.integers(0, tiny_config.vocab_size, (4, 9))
+    for model in models:
+        model.build()
+        model.compile(keras.optimizers.SGD(1.0))
+    tied, apart = models
+    shared = {v.path.partition("/")[2]: v for v in tied.trainable_variables}
+    for variable in apart.trainable_variables:
+        path = variable.path.partition("/")[2]
+        variable.assign(to_numpy(tied.lm_head.kernel if "lm_head" in path else shared[path]))
+    before = to_numpy(tied.token_embedding.embeddings)
+    for model in models:
+        model.train_on_batch(tokens[:, :-1], tokens[:, 1:])
+    moved = to_numpy(apart.token_embedding.embeddings) + to_numpy(apart.lm_head.kernel).T - before
+    np.testing.assert_allclose(to_numpy(tied.token_embedding.embeddings), moved, atol=1e-5)
+    assert tied.count_params() == apart.count_params() - before.size
+    assert flops_per_token(tied, 16) == flops_per_token(apart, 16)
+
+
+def test_a_tied_head_without_a_table_is_refused(tiny_config):
+    with pytest.raises(ValueError, match="tie_embeddings=True: the head needs table"):
+        LMHead(dataclasses.replace(tiny_config, tie_embeddings=True))
 
 
 # ----------------------------------------------------------------------------- masks

@@ -27,8 +27,14 @@ import pytest
 
 from runs import adamw, at_batch, curve, run_of, sigterm
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16, "rope_theta": 500.0}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 500.0,
+}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 THETA = {"rope_type": "default", "rope_theta": 500000.0}
 ODD_HEADS = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10}
@@ -64,9 +70,16 @@ def save_pretrained(tmp_path, transformers):
     import torch
 
     def save(family, **keys):
-        sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
-                 "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-                 "max_position_embeddings": 64, "initializer_range": 0.15}  # fmt: skip
+        sizes = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.15,
+        }
         config = transformers.AutoConfig.for_model(family, **{**sizes, **keys})
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -140,8 +153,16 @@ def test_logits_agree_and_the_round_trip_is_bit_identical(
 @pytest.fixture(scope="session")
 def bytes_model():
     """A tiny model of bytes, whose weights differ from what a new one begins with."""
-    config = GrugConfig(vocab_size=384, hidden_dim=16, intermediate_dim=24, num_layers=2,
-                        num_heads=4, num_kv_heads=2, max_seq_len=32, qk_norm=True)  # fmt: skip
+    config = GrugConfig(
+        vocab_size=384,
+        hidden_dim=16,
+        intermediate_dim=24,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        max_seq_len=32,
+        qk_norm=True,
+    )
     model = Grugformer(config)
     model.build()
     rng = np.random.default_rng(1)
@@ -209,12 +230,23 @@ def prepended_space():
     ]
     prepend = {"type": "Prepend", "prepend": "\u2581"}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-    model = {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(pieces)},
-             "merges": ["\u2581 g", "r u"], "byte_fallback": True, "unk_token": "<unk>",
-             "fuse_unk": True}  # fmt: skip
-    return {"version": "1.0", "added_tokens": special, "model": model,
-            "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]},
-            "decoder": None, "pre_tokenizer": None, "post_processor": None}  # fmt: skip
+    model = {
+        "type": "BPE",
+        "vocab": {piece: i for i, piece in enumerate(pieces)},
+        "merges": ["\u2581 g", "r u"],
+        "byte_fallback": True,
+        "unk_token": "<unk>",
+        "fuse_unk": True,
+    }
+    return {
+        "version": "1.0",
+        "added_tokens": special,
+        "model": model,
+        "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]},
+        "decoder": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+    }
 
 
 def composed():
@@ -265,14 +297,29 @@ def test_a_tokenizer_without_such_files_is_left_out_and_said(bytes_model, tmp_pa
 
 
 def test_the_model_card_has_the_figures_of_the_record(bytes_model, tmp_path):
-    record = {"bits_per_byte": 1.23456, "bits_per_byte_interval": [1.2, 1.3], "tokens": 1234567,
-              "size": "smoke", "experiment": "grugformer_starter", "commit": "abc123",
-              "dirty": True, "id": "grug-1", "data": {"name": "python_stdlib"}}  # fmt: skip
+    record = {
+        "bits_per_byte": 1.23456,
+        "bits_per_byte_interval": [1.2, 1.3],
+        "tokens": 1234567,
+        "size": "smoke",
+        "experiment": "grugformer_starter",
+        "commit": "abc123",
+        "dirty": True,
+        "id": "grug-1",
+        "data": {"name": "python_stdlib"},
+    }
     export_hf(trained(bytes_model, record=record), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    for figure in ("1.2346 (95% interval 1.200 to 1.300)", "1,234,567", "| size | smoke |",
-                   "| script | grugformer_starter |", "abc123, with changes", "license: unknown",
-                   "# grug-1", "Qwen3ForCausalLM"):  # fmt: skip
+    for figure in (
+        "1.2346 (95% interval 1.200 to 1.300)",
+        "1,234,567",
+        "| size | smoke |",
+        "| script | grugformer_starter |",
+        "abc123, with changes",
+        "license: unknown",
+        "# grug-1",
+        "Qwen3ForCausalLM",
+    ):
         assert figure in card
 
 
@@ -367,76 +414,188 @@ def test_nothing_is_half_written_or_overwritten(bytes_model, tmp_path, monkeypat
 
 
 # As published, but for the keys of training and generation that all have.
-COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True,
-          "bos_token_id": 1, "eos_token_id": 2, "transformers_version": "4.40.0"}  # fmt: skip
+COMMON = {
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "transformers_version": "4.40.0",
+}
 LLAMA = {**COMMON, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 PUBLISHED = {
     "Llama-2-7b": (
-        {**LLAMA, "_name_or_path": "meta-llama/Llama-2-7b-hf", "hidden_size": 4096,
-         "intermediate_size": 11008, "max_position_embeddings": 4096, "num_attention_heads": 32,
-         "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1,
-         "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False,
-         "torch_dtype": "float16", "vocab_size": 32000},
+        {
+            **LLAMA,
+            "_name_or_path": "meta-llama/Llama-2-7b-hf",
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+            "vocab_size": 32000,
+        },
         {"head_dim": 128, "rope_theta": 10000.0, "tie_embeddings": False, "qk_norm": False},
     ),
     "Llama-3.2-1B": (
-        {**LLAMA, "attention_bias": False, "attention_dropout": 0.0, "head_dim": 64,
-         "bos_token_id": 128000, "eos_token_id": 128001, "hidden_size": 2048,
-         "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
-         "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
-         "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_theta": 500000.0,
-         "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
-                          "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-         "tie_word_embeddings": True, "torch_dtype": "bfloat16", "vocab_size": 128256},
-        {"tie_embeddings": True, "num_kv_heads": 8, "rope_theta": 500000.0,
-         "rope_scaling": grug_ops.RopeScaling(32.0, 1.0, 4.0, 8192)},
+        {
+            **LLAMA,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "head_dim": 64,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 128256,
+        },
+        {
+            "tie_embeddings": True,
+            "num_kv_heads": 8,
+            "rope_theta": 500000.0,
+            "rope_scaling": grug_ops.RopeScaling(32.0, 1.0, 4.0, 8192),
+        },
     ),
     "TinyLlama-1.1B": (
-        {**LLAMA, "attention_bias": False, "hidden_size": 2048, "intermediate_size": 5632,
-         "max_position_embeddings": 2048, "num_attention_heads": 32, "num_hidden_layers": 22,
-         "num_key_value_heads": 4, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
-         "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False,
-         "torch_dtype": "float32", "vocab_size": 32000},
+        {
+            **LLAMA,
+            "attention_bias": False,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "max_position_embeddings": 2048,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 22,
+            "num_key_value_heads": 4,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float32",
+            "vocab_size": 32000,
+        },
         {"head_dim": 64, "num_kv_heads": 4},
     ),
     "SmolLM-135M": (
-        {**LLAMA, "_name_or_path": "x", "attention_bias": False, "attention_dropout": 0.0,
-         "bos_token_id": 0, "eos_token_id": 0, "hidden_size": 576, "intermediate_size": 1536,
-         "max_position_embeddings": 2048, "mlp_bias": False, "num_attention_heads": 9,
-         "num_hidden_layers": 30, "num_key_value_heads": 3, "pretraining_tp": 1,
-         "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
-         "tie_word_embeddings": True, "torch_dtype": "bfloat16", "vocab_size": 49152},
+        {
+            **LLAMA,
+            "_name_or_path": "x",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "max_position_embeddings": 2048,
+            "mlp_bias": False,
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 49152,
+        },
         {"head_dim": 64, "tie_embeddings": True},
     ),
     "SmolLM2-360M": (
-        {**LLAMA, "attention_bias": False, "attention_dropout": 0.0, "hidden_size": 960,
-         "intermediate_size": 2560, "is_llama_config": True, "max_position_embeddings": 8192,
-         "mlp_bias": False, "num_attention_heads": 15, "num_hidden_layers": 32,
-         "num_key_value_heads": 5, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
-         "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
-         "tie_word_embeddings": True, "torch_dtype": "bfloat16", "vocab_size": 49152,
-         "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}},
+        {
+            **LLAMA,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "hidden_size": 960,
+            "intermediate_size": 2560,
+            "is_llama_config": True,
+            "max_position_embeddings": 8192,
+            "mlp_bias": False,
+            "num_attention_heads": 15,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 5,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 49152,
+            "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        },
         {"head_dim": 64, "rope_theta": 100000.0, "max_seq_len": 8192},
     ),
     "Qwen3-0.6B": (
-        {**COMMON, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
-         "attention_bias": False, "attention_dropout": 0.0, "head_dim": 128, "hidden_size": 1024,
-         "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
-         "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
-         "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
-         "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-         "use_sliding_window": False, "vocab_size": 151936},
+        {
+            **COMMON,
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "head_dim": 128,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 28,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
         {"qk_norm": True, "head_dim": 128, "rms_norm_eps": 1e-6, "sliding_window": None},
     ),
     "Mistral-7B-v0.1": (
-        {**COMMON, "architectures": ["MistralForCausalLM"], "model_type": "mistral",
-         "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768,
-         "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
-         "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096,
-         "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 32000},
+        {
+            **COMMON,
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 32000,
+        },
         {"sliding_window": 4096, "head_dim": 128},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -536,8 +695,9 @@ def tensor(name, value):
 
 def fewer_ids(folder):
     set_key("vocab_size", 256)(folder)
-    rewrite(folder, lambda found: found.update(
-        {n: v[:256] for n, v in found.items() if len(v) == 384}))  # fmt: skip
+    rewrite(
+        folder, lambda found: found.update({n: v[:256] for n, v in found.items() if len(v) == 384})
+    )
 
 
 BAD_FOLDERS = [
@@ -547,8 +707,10 @@ BAD_FOLDERS = [
     (shard_elsewhere, r"'../secret.safetensors' of model.norm.weight is not a file of the folder"),
     (tensor("model.norm.weight", None), "has no tensor model.norm.weight"),
     (tensor("model.extra.bias", np.ones(3, "float32")), "tensor model.extra.bias has no place"),
-    (tensor("model.norm.weight", np.ones(15, "float32")),
-     r"model.norm.weight has shape \(15,\), the model's is \(16,\)"),
+    (
+        tensor("model.norm.weight", np.ones(15, "float32")),
+        r"model.norm.weight has shape \(15,\), the model's is \(16,\)",
+    ),
     (tensor("model.norm.weight", np.ones(16, "int8")), "model.norm.weight has dtype I8, not one"),
     (set_key("tie_word_embeddings", True), "lm_head.weight is not model.embed_tokens.weight"),
     (set_key("num_hidden_layers", 3), "has no tensor model.layers.2.input_layernorm.weight"),
@@ -558,7 +720,7 @@ BAD_FOLDERS = [
     (lambda folder: (folder / "config.json").write_text("[]"), "must hold an object, not list"),
     (fewer_ids, "has 257 ids, a document start included, but config.json .* vocab_size=256"),
     (shutil.rmtree, "is no folder: download it first"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("spoil", "message"), BAD_FOLDERS)

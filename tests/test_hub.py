@@ -12,6 +12,7 @@ from grug_keras import Block, CausalSelfAttention, GrugConfig, Grugformer, hub, 
 from grug_keras.data import ByteTokenizer, load_tokenizer, train_bpe
 import keras
 import keras_hub
+from models import seeded_model
 import numpy as np
 import pytest
 
@@ -24,13 +25,19 @@ CONFIG = GrugConfig(
 TEXTS = ["grug see tree", " tree\n\tgrug ", "é 猫 🦕"]
 BYTES = ByteTokenizer()
 SHAPE = {
-    "vocabulary_size": 61, "num_layers": 1, "num_query_heads": 4, "num_key_value_heads": 2,
-    "hidden_dim": 32, "intermediate_dim": 24,
-}  # fmt: skip
+    "vocabulary_size": 61,
+    "num_layers": 1,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_dim": 32,
+    "intermediate_dim": 24,
+}
 LLAMA3_ROPE = {
-    "rope_frequency_adjustment_factor": 8.0, "rope_low_freq_factor": 1.0,
-    "rope_high_freq_factor": 4.0, "rope_pretraining_sequence_length": 16,
-}  # fmt: skip
+    "rope_frequency_adjustment_factor": 8.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_pretraining_sequence_length": 16,
+}
 LLAMA, LLAMA3, QWEN3 = (
     keras_hub.models.LlamaBackbone,
     keras_hub.models.Llama3Backbone,
@@ -59,10 +66,7 @@ class Penalised(Grugformer):
 
 
 def build(config=CONFIG, model_class=Grugformer, **options):
-    keras.utils.set_random_seed(0)
-    model = model_class(config, **options)
-    model.build()
-    return model
+    return seeded_model(config, model_class, **options)
 
 
 def wrap(model, tokenizer=BYTES):
@@ -374,9 +378,13 @@ def sentence_piece(folder):
     spm = pytest.importorskip("sentencepiece")
     with open(folder / "tokenizer.model", "wb") as file:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(["grug see tree"] * 9), model_writer=file,
-            vocab_size=290, byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
-        )  # fmt: skip
+            sentence_iterator=iter(["grug see tree"] * 9),
+            model_writer=file,
+            vocab_size=290,
+            byte_fallback=True,
+            minloglevel=2,
+            hard_vocab_limit=False,
+        )
     return folder / "tokenizer.model"
 
 
@@ -402,9 +410,11 @@ def test_a_preset_of_jax_is_the_same_model_elsewhere(backend, lm, tmp_path):
     ids = np.arange(18, dtype="int32").reshape(2, 9)
     inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     np.savez(
-        tmp_path / "saved.npz", **inputs, logits=to_numpy(lm(inputs)),
+        tmp_path / "saved.npz",
+        **inputs,
+        logits=to_numpy(lm(inputs)),
         text=lm.generate("grug", max_length=16),
-    )  # fmt: skip
+    )
     command = [sys.executable, "-c", READ, tmp_path / "preset", tmp_path / "saved.npz"]
     environment = {**os.environ, "KERAS_BACKEND": backend}
     found = subprocess.run(
@@ -448,7 +458,8 @@ def assert_same_numbers(backbone, model):
         pytest.param(LLAMA3, {**LLAMA3_ROPE, "tie_word_embeddings": True}, marks=slow),
         # An epsilon that KerasHub does not pass on to its QK-norm; the weights are small for that.
         pytest.param(
-            QWEN3, {"head_dim": 10, "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False},
+            QWEN3,
+            {"head_dim": 10, "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False},
             id="qwen3",
         ),
         pytest.param(
@@ -457,12 +468,13 @@ def assert_same_numbers(backbone, model):
         pytest.param(LLAMA, {"num_key_value_heads": 4, "num_layers": 3}, marks=slow),
         pytest.param(LLAMA3, {"num_key_value_heads": 1, "num_query_heads": 2}, marks=slow),
         pytest.param(
-            QWEN3, {"head_dim": 16, "layer_norm_epsilon": 1e-5, "rope_scaling_factor": 2.0},
+            QWEN3,
+            {"head_dim": 16, "layer_norm_epsilon": 1e-5, "rope_scaling_factor": 2.0},
             marks=slow,
         ),
         pytest.param(QWEN3, {"head_dim": 8, "rope_max_wavelength": 1000000}, marks=slow),
     ],
-)  # fmt: skip
+)
 def test_numbers_are_those_of_keras_hub_both_ways(kind, options):
     backbone = randomised(kind(**{**SHAPE, **options}))
     model = hub.from_keras_hub(backbone, max_seq_len=12)

@@ -7,19 +7,18 @@ import shutil
 
 from click.testing import CliRunner
 from grug_cli import main
-from grug_keras import GrugConfig, Grugformer
+from grug_keras import GrugConfig
 from grug_keras.data import ByteTokenizer, load_tokenizer
 from grug_keras.experiments.script import load_speedrun
 from grug_keras.training.sampling import generate, stream_text
 from grug_keras.training.source import code_hash
 from grug_keras.training.trained import load_trained
-import keras
+from models import logits_of, seeded_model
 import numpy as np
 import pytest
 
 SINKS = pathlib.Path(__file__).parent.parent / "speedruns" / "grugformer_attn_sink.py"
 CONFIG = GrugConfig(384, 16, 24, 1, 2, 1, max_seq_len=64, initializer_std=0.5)
-to_numpy = keras.ops.convert_to_numpy
 
 
 def leave_run(folder, model, script=SINKS, tokenizer=None):
@@ -43,9 +42,7 @@ def leave_run(folder, model, script=SINKS, tokenizer=None):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    keras.utils.set_random_seed(0)
-    model = Grugformer(CONFIG)
-    model.build()
+    model = seeded_model(CONFIG)
     return leave_run(tmp_path_factory.mktemp("a") / "runs" / "plain", model)
 
 
@@ -64,11 +61,11 @@ def sinks(tmp_path):
 def test_a_changed_block_comes_from_its_script(sinks, tmp_path):
     folder, model, script = sinks
     tokens = np.arange(20)[None].astype("int32")
-    want = to_numpy(keras.ops.stop_gradient(model.logits(tokens)))
+    want = logits_of(model, tokens)
     script.write_text(script.read_text() + "\n# a comment changes nothing\n")
     for path in (folder, folder / "model.keras"):
         trained = load_trained(path)
-        got = to_numpy(keras.ops.stop_gradient(trained.model.logits(tokens)))
+        got = logits_of(trained.model, tokens)
         np.testing.assert_array_equal(got, want)
     assert (trained.name, trained.tokenizer.name) == ("sinks", "bytes")
     assert trained.record["experiment"] == "grugformer_attn_sink"
@@ -113,8 +110,7 @@ def test_a_script_that_has_changed_or_is_gone_is_named(sinks):
 def test_a_tokenizer_of_another_run_is_refused(tmp_path, run):
     texts = [b"a cat sat on a mat"] * 9
     tokenizer = load_tokenizer("bpe:300", lambda: texts)
-    model = Grugformer(CONFIG)
-    model.build()
+    model = seeded_model(CONFIG)
     folder = leave_run(tmp_path / "run", model, tokenizer=tokenizer)
     found = load_trained(folder).tokenizer
     assert found.encode(b"a cat").tolist() == tokenizer.encode(b"a cat").tolist()

@@ -12,13 +12,13 @@ import keras
 
 AXES = ("data", "model")
 COLUMNS, ROWS = ("data", "model"), ("model", "data")
-HEAD = r".*/lm_head/kernel"
+HEAD_RULE = r".*/lm_head/kernel"
 # {regular expression of a variable's whole path: the mesh axis that splits each of its axes}.
 RULES = {
     r".*/token_embedding/embeddings": ROWS,  # (V, D)
     r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel": COLUMNS,
     r".*/(o_proj|down_proj)/kernel": ROWS,
-    HEAD: COLUMNS,  # (D, V)
+    HEAD_RULE: COLUMNS,  # (D, V)
 }
 LARGEST_COPY = 2**14  # elements that every device may hold without a rule that says so
 
@@ -104,7 +104,7 @@ class Sharding(keras.distribution.ModelParallel):
         """
         paths = [variable.path for variable in model.variables]
         for rule in self.rules:
-            if rule == HEAD and model.config.tie_embeddings:
+            if rule == HEAD_RULE and model.config.tie_embeddings:
                 continue  # the head is the embedding table
             if not any(re.fullmatch(rule, path) for path in paths):
                 raise ValueError(

@@ -74,6 +74,8 @@ def score_induction(model, tokenizer, seed=0):
     symbols, rng = symbols_of(tokenizer), np.random.default_rng(seed)
     longest = min(model.config.max_seq_len, _LONGEST) - 1
     distances = [2**i for i in range(2, 20) if 2**i <= longest - 1]
+    if not distances:
+        raise ValueError(f"max_seq_len={model.config.max_seq_len} holds no two A's four apart")
     rows, groups = [], []
     for distance in distances:
         for _ in range(_ROWS // 2):

@@ -1,7 +1,7 @@
 """Log-likelihoods of given tokens: `model.score`."""
 
 from grug_keras.generation.compiled import compiled
-from grug_keras.generation.prompts import bucket, check_rows
+from grug_keras.generation.prompts import bucket, check_model, check_rows
 from keras import ops
 import numpy as np
 
@@ -31,8 +31,7 @@ def score_tokens(model, rows):
     Raises:
         ValueError: names the row and what is wrong with it.
     """
-    if not model.built:
-        raise ValueError(f"{model.name} has no weights yet: build or load it before score()")
+    check_model(model, "score")
     # The last token of a row is a label alone, so that one more fits.
     rows = check_rows(model.config, rows, "tokens", model.config.max_seq_len + 1)
     for i, row in enumerate(rows):

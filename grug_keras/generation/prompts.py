@@ -3,6 +3,7 @@
 import dataclasses
 from numbers import Integral
 
+from grug_keras.model import Grugformer
 import keras
 import numpy as np
 
@@ -25,6 +26,25 @@ class Prompts:
     def last_tokens(self):
         """int32 array `(B,)`, the last of each row."""
         return self.tokens[np.arange(len(self.tokens)), self.lengths - 1]
+
+
+def check_model(model, method):
+    """Refuses a model that cannot be run, or whose logits are not those of its head.
+
+    Args:
+        model: `Grugformer`.
+        method: str, what it is run for.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    if not model.built:
+        raise ValueError(f"{model.name} has no weights yet: build or load it before {method}()")
+    if type(model).logits is not Grugformer.logits:
+        raise ValueError(
+            f"{type(model).__name__} overrides logits, which {method}() does not call: override "
+            "head instead, which gives the logits of some positions"
+        )
 
 
 def pad_prompts(config, rows, name="prompts"):

@@ -5,7 +5,7 @@ import dataclasses
 from numbers import Integral
 from typing import Any
 
-from grug_keras.generation.prompts import Prompts, pad_prompts
+from grug_keras.generation.prompts import Prompts, check_model, pad_prompts
 from grug_keras.generation.samplers import find_sampler
 import keras
 import numpy as np
@@ -50,8 +50,7 @@ def check_request(
         ValueError: names the argument, and the row, that does not fit.
     """
     config = model.config
-    if not model.built:
-        raise ValueError(f"{model.name} has no weights yet: build or load it before generate()")
+    check_model(model, "generate")
     steps = _integer("max_new_tokens", max_new_tokens, 1)
     seed = _integer("seed", seed, 0, 2**31 - 1)
     size = config.vocab_size

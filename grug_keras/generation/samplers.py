@@ -5,6 +5,7 @@ import math
 from numbers import Real
 
 import keras
+import numpy as np
 
 
 def find_sampler(sampler):
@@ -77,10 +78,21 @@ def nucleus(vocab_size, temperature):
 
 def key_of(sampler):
     """Returns what a program depends on of a sampler: equal ones of KerasHub share one."""
-    held = {k: v for k, v in vars(sampler).items() if isinstance(v, int | float | str | None)}
-    held.pop("seed", None)  # an argument of the program
+    # A seed is an argument of the program.
+    held = {name: value for name, value in vars(sampler).items() if "seed" not in name}
+    leaves = [(*path, _content(leaf)) for path, leaf in keras.tree.flatten_with_path(held)]
     is_theirs = type(sampler).__module__.startswith("keras_hub.")
-    return (type(sampler) if is_theirs else sampler, tuple(sorted(held.items(), key=repr)))
+    return type(sampler) if is_theirs else sampler, tuple(leaves)
+
+
+def _content(leaf):
+    """What a number, a text or an array holds; of anything else, which one it is."""
+    if isinstance(leaf, int | float | str | bytes | None):
+        return leaf
+    if isinstance(leaf, np.ndarray) or keras.ops.is_tensor(leaf):
+        array = keras.ops.convert_to_numpy(leaf)
+        return array.dtype.str, array.shape, array.tobytes()
+    return id(leaf)
 
 
 def draws_token_by_token(sampler):
